@@ -1,0 +1,12 @@
+"""Every private PyTorch API that Fusewire touches, for torch 2.11 to 2.13."""
+from __future__ import annotations
+
+import torch
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+
+OP_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The process group that torch registered under `name`."""
+    return _resolve_process_group(name)
