@@ -1,0 +1,44 @@
+"""Ops of one rank around a matmul: quantize and multiply."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..op import op
+
+
+@op
+def amax(x: Tensor) -> Tensor:
+    """max |x| over all elements, a float32 scalar; 0 for an empty tensor, NaN if x has one."""
+    return torch.cat([x.abs().amax(-1).reshape(-1).float(), x.new_zeros(1, dtype=torch.float32)]).amax()
+
+
+@op
+def params_from_amax(amax: Tensor, fmt: str) -> list[Tensor]:
+    """The params (float32 scalars) with which a tensor of that amax is quantized: how dynamic scales are made."""
+    make = formats.get(fmt).params_from_amax
+    return [p.clone() for p in make(amax)] if make else []
+
+
+@op(tokens=("x",))
+def quantize(x: Tensor, params: list[Tensor], fmt: str) -> list[Tensor]:
+    """x (tokens, k) -> the parts of `fmt`. Token by token: the params are given, not computed here."""
+    return formats.get(fmt).quantize(x, params)
+
+
+@op
+def matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
+    """y = x @ w.T + bias.
+
+    x       the parts of an activation (tokens, k), with its params
+    w       the weight (n, k) as `[*weight_parts, *weight_params]` of the same format
+    bias    (n,) or None
+    -> (tokens, n) of `dtype`. Plain tensors multiply as aten does; quantized ones in float32, rounded once.
+    """
+    if fmt == "bf16":
+        y = torch.mm(x[0], w[0].t()) if bias is None else torch.addmm(bias, x[0], w[0].t())
+        return y.to(dtype)
+    f = formats.get(fmt)
+    y = f.dequantize(x, params) @ f.dequantize_weight(w).t()
+    return (y if bias is None else y + bias.float()).to(dtype)

@@ -1,0 +1,47 @@
+"""Fused ops. Each reference is the unfused program it replaces, so it needs no fake and no wire cost of its own."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..op import op
+from .collectives import all_gather, all_reduce, reduce_scatter
+from .dense import matmul, quantize
+from .norm import add_rms_norm, rms_norm
+
+
+@op
+def all_gather_matmul(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                      dtype: torch.dtype, group: str) -> list[Tensor]:
+    """One all_gather of x's parts for several matmuls.
+
+    x       the parts of this rank's tokens (tokens / world_size, k)
+    ws      the weights one after the other, each `weight_len` tensors of `fmt`
+    biases  one for each weight, or None
+    -> for each weight (tokens, n_i) of `dtype`
+    """
+    full, n = all_gather(x, group), formats.get(fmt).weight_len
+    return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
+
+
+@op
+def matmul_reduce_scatter(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str,
+                          dtype: torch.dtype, group: str) -> Tensor:
+    """`matmul` (see there), then `reduce_scatter`: (tokens / world_size, n)."""
+    return reduce_scatter(matmul(x, params, w, bias, fmt, dtype), group)
+
+
+@op
+def all_reduce_norm_quant(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
+                          params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> list[Tensor]:
+    """all_reduce, residual add (if there is one), RMSNorm, quantize (unless fmt is bf16).
+
+    -> [the sum (the new residual), the norm if keep_norm, the parts of `fmt` unless it is bf16]
+    """
+    total = all_reduce(x, group)
+    if residual is None:
+        y = rms_norm(total, weight, eps, offset, cast_first)
+    else:
+        y, total = add_rms_norm(total, residual, weight, eps, offset, cast_first)
+    return [total, *([y] if keep_norm else []), *([] if fmt == "bf16" else quantize(y, params, fmt))]
