@@ -19,7 +19,7 @@ def world_size(group: str) -> int:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8).reshape(-1)
+    return x.reshape(-1).contiguous().view(torch.uint8)
 
 
 def _all_gather_flat(x: list[Tensor], group: str) -> list[Tensor]:
@@ -29,7 +29,8 @@ def _all_gather_flat(x: list[Tensor], group: str) -> list[Tensor]:
     if sum(sizes) == 0:
         return [t.new_empty((g.world_size, *t.shape)) for t in x]
     wire = g.all_gather(torch.cat([_bytes(t) for t in x])).view(g.world_size, -1)
-    return [w.contiguous().view(t.dtype).view(g.world_size, *t.shape) for w, t in zip(wire.split(sizes, 1), x, strict=True)]
+    # clone: a view as a wider dtype needs an aligned start
+    return [w.clone().view(-1).view(t.dtype).view(g.world_size, *t.shape) for w, t in zip(wire.split(sizes, 1), x, strict=True)]
 
 
 def _sum_of_chunks(x: Tensor, group: str) -> Tensor:
@@ -64,7 +65,7 @@ def _check_divides(x: Tensor, group: str, what: str) -> None:
 @op(fake=_gathered, wire=lambda x, group: (world_size(group) - 1) * nbytes(x))
 def all_gather(x: list[Tensor], group: str) -> list[Tensor]:
     """Each (n, ...) -> (world_size * n, ...), the ranks' tensors in rank order. All tensors travel in one message."""
-    return [t.flatten(0, 1).clone() for t in _all_gather_flat(x, group)]
+    return [t.flatten(0, 1) for t in _all_gather_flat(x, group)]
 
 
 @op(fake=_sharded, wire=lambda x, group: (world_size(group) - 1) * nbytes([x]) // world_size(group))
@@ -80,13 +81,13 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
     """Any shape -> the same: the sum over ranks, the same bits as reduce_scatter then all_gather, on every rank."""
     n = x.numel()
     flat = torch.nn.functional.pad(x.reshape(-1), (0, -n % world_size(group)))
-    return _all_gather_flat([_sum_of_chunks(flat, group)], group)[0].reshape(-1)[:n].reshape(x.shape).clone()
+    return _all_gather_flat([_sum_of_chunks(flat, group)], group)[0].reshape(-1)[:n].view(x.shape)
 
 
 @op(fake=torch.empty_like, wire=lambda x, group: (world_size(group) - 1) * nbytes([x]))
 def all_reduce_max(x: Tensor, group: str) -> Tensor:
     """Elementwise maximum over ranks, NaN wins: for the few bytes of an amax."""
-    return torch.stack(list(_all_gather_flat([x], group)[0])).amax(0)
+    return _all_gather_flat([x], group)[0].amax(0)
 
 
 @op(fake=_sharded)
