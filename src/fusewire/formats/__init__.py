@@ -18,27 +18,42 @@ FORMATS: dict[str, Format] = {}
 WHOLE = 0  # in Part.block: one element stands for the whole dimension
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Divides no more than needed: a symbolic `a` keeps its own expression when b is 1."""
+    return a if b == 1 else (a + b - 1) // b
+
+
+def _pad(a: int, multiple: int) -> int:
+    return a if multiple == 1 else cdiv(a, multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Part:
     """One plain tensor of a quantized (rows, columns) tensor.
 
     `block` is how many (rows, columns) one element of the part stands for: the data of an FP8 tensor has (1, 1), two
     NVFP4 codes in a byte (1, 2), NVFP4's scales (1, 16), a 128x128 block scale (128, 128), a scale per row (1, WHOLE).
+    `multiple` is what the part's own (rows, columns) are then padded to: (128, 4) when swizzled.
     """
 
     name: str
     dtype: torch.dtype
     block: tuple[int, int] = (1, 1)
+    multiple: tuple[int, int] = (1, 1)
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         """The part's shape for a (rows, columns) tensor; a last block may be partial."""
-        r, c = self.block
-        return (1 if r == WHOLE else -(-rows // r), 1 if c == WHOLE else -(-columns // c))
+        (r, c), (mr, mc) = self.block, self.multiple
+        return (_pad(1 if r == WHOLE else cdiv(rows, r), mr), _pad(1 if c == WHOLE else cdiv(columns, c), mc))
 
 
 @dataclass(frozen=True)
 class Format:
     """How activations and weights of one kind are held.
+
+    Inputs are 2-D, float32, bfloat16 or float16, of any strides, with any number of rows (0 too) and k >= 1; anything else
+    is a FormatError. Parts come back contiguous, and nothing returned aliases an input. Every function also runs on fake
+    tensors whose rows are symbolic, without a guard that fixes them. All arithmetic is IEEE float32, each operation rounded.
 
     name              unique; the `fmt` argument of every op
     parts             of an activation (tokens, k); part i has shape `parts[i].shape(tokens, k)`
@@ -80,8 +95,13 @@ class Format:
             raise FormatError(f"{self.name}: {what} has {x.dim()} dimensions, shape {tuple(x.shape)}; flatten it to (rows, k)")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise FormatError(f"{self.name}: {what} is {x.dtype}; give float32, bfloat16 or float16")
-        if x.shape[1] % self.k_multiple:
-            raise FormatError(f"{self.name}: k = {x.shape[1]} of {what} is not a multiple of {self.k_multiple}; pad k or choose another format")
+        k = x.shape[1]
+        if k == 0:
+            raise FormatError(f"{self.name}: k = 0 of {what}; there is nothing to hold")
+        if k % self.k_multiple:
+            raise FormatError(
+                f"{self.name}: k = {k} of {what} is not a multiple of {self.k_multiple}; pad k or choose another format"
+            )
 
 
 def register(fmt: Format) -> Format:
@@ -101,6 +121,6 @@ def nbytes(fmt: Format, tokens: int, k: int) -> int:
     return sum(math.prod(p.shape(tokens, k)) * p.dtype.itemsize for p in fmt.parts)
 
 
-from . import bf16  # noqa: E402,F401  (each registers itself)
+from . import bf16, fp8_block, fp8_tensor, fp8_token, mxfp8, nvfp4  # noqa: E402,F401  (each registers itself)
 
-__all__ = ["FORMATS", "WHOLE", "Format", "Part", "get", "nbytes", "register"]
+__all__ = ["FORMATS", "WHOLE", "Format", "Part", "cdiv", "get", "nbytes", "register"]
