@@ -27,6 +27,20 @@ def quantize(x: Tensor, params: list[Tensor], fmt: str) -> list[Tensor]:
     return formats.get(fmt).quantize(x, params)
 
 
+def linear(fmt: str) -> str:
+    """The format in which `fmt` travels: itself, its scales in the linear layout."""
+    return fmt.partition(":")[0]
+
+
+@op
+def relayout(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
+    """The parts of a (tokens, k) activation of `fmt` as those of `to`, the same format in the other scale layout.
+
+    Not token-local: swizzled shards side by side are not the swizzled whole.
+    """
+    return formats.layout.relayout(x, fmt, to, x[0].shape[0], k)
+
+
 @op
 def matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """y = x @ w.T + bias.

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import formats
 from ..op import op
 from .collectives import all_gather, all_reduce, reduce_scatter
-from .dense import matmul, quantize
+from .dense import linear, matmul, quantize, relayout
 from .norm import add_rms_norm, rms_norm
 
 
@@ -16,12 +16,15 @@ def all_gather_matmul(x: list[Tensor], params: list[Tensor], ws: list[Tensor], b
                       dtype: torch.dtype, group: str) -> list[Tensor]:
     """One all_gather of x's parts for several matmuls.
 
-    x       the parts of this rank's tokens (tokens / world_size, k)
+    x       the parts of this rank's tokens (tokens / world_size, k), scales linear: a swizzled `fmt` is made after the gather
     ws      the weights one after the other, each `weight_len` tensors of `fmt`
     biases  one for each weight, or None
     -> for each weight (tokens, n_i) of `dtype`
     """
-    full, n = all_gather(x, group), formats.get(fmt).weight_len
+    f = formats.get(fmt)
+    full, n = all_gather(x, group), f.weight_len
+    if f.layout != "linear":
+        full = relayout(full, linear(fmt), fmt, x[0].shape[1] * f.parts[0].block[1])
     return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
 
 

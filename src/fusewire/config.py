@@ -1,0 +1,58 @@
+"""What the user may choose. Flag names follow vLLM's where vLLM has one."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import InputError
+
+CODEGENS = ("fx", "inductor")
+PLANS = ("auto", "replicated", "sharded")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A rule runs for token counts from `minimum` to `maximum` (None = no limit), both included."""
+
+    minimum: int = 0
+    maximum: int | None = None
+
+    def holds(self, tokens: int) -> bool:
+        return self.minimum <= tokens and (self.maximum is None or tokens <= self.maximum)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The wire between two ranks, for the cost model that decides where nothing was measured."""
+
+    latency_s: float = 10e-6
+    bytes_per_s: float = 300e9
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a model is compiled.
+
+    rules    rule name -> the token counts it may run for; a rule that is not named runs for all
+    plan     "auto" picks by token count; "replicated" or "sharded" forces one (sharded still needs tokens that divide)
+    codegen  "fx" runs the rewritten graph node by node, "inductor" compiles it
+    strict   raise StrictError if a site that some enabled rule should fuse is not fused
+    """
+
+    rules: dict[str, Bounds] = field(default_factory=dict)
+    plan: str = "auto"
+    codegen: str = "fx"
+    strict: bool = False
+    link: Link = Link()
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("codegen", self.codegen, CODEGENS), ("plan", self.plan, PLANS)):
+            if value not in known:
+                raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        from .compiler.passes import RULES
+
+        for name in self.rules:
+            if name not in RULES:
+                raise InputError(f"unknown rule {name!r}; known: {', '.join(RULES)}")
+
+    def allows(self, rule: str, tokens: int) -> bool:
+        return self.rules.get(rule, Bounds()).holds(tokens)
