@@ -121,6 +121,6 @@ def nbytes(fmt: Format, tokens: int, k: int) -> int:
     return sum(math.prod(p.shape(tokens, k)) * p.dtype.itemsize for p in fmt.parts)
 
 
-from . import bf16, fp8_block, fp8_tensor, fp8_token, mxfp8, nvfp4  # noqa: E402,F401  (each registers itself)
+from . import bf16, fp8_block, fp8_tensor, fp8_token, layout, mxfp8, nvfp4  # noqa: E402,F401  (each registers itself)
 
 __all__ = ["FORMATS", "WHOLE", "Format", "Part", "cdiv", "get", "nbytes", "register"]
