@@ -36,3 +36,102 @@ def known_true(condition: object) -> bool:
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Have two (fake) tensors the same shape, whatever their sizes are?"""
     return a.dim() == b.dim() and all(known_true(i == j) for i, j in zip(a.shape, b.shape, strict=True))
+
+
+class Shapes:
+    """A ShapeEnv and a FakeTensorMode of our own, into which the fake values of a captured graph are carried over.
+
+    multiples  captured symbol -> k: here it is k times a new symbol, so that dividing by k is exact
+    symbols    captured symbol -> new symbol (filled as sizes are met)
+
+    Whatever is decided on values of these shapes cannot add a guard to the capture.
+    """
+
+    def __init__(self, multiples: dict):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.multiples = multiples
+        self.symbols: dict = {}
+
+    def guards(self) -> list[str]:
+        """The conditions that were decided from hints so far."""
+        return [str(g.expr) for g in self.env.guards]
+
+    def carry(self, value: object) -> object:
+        """A captured fake value (tensor, size, constant) as one of these shapes, in new storage."""
+        if isinstance(value, torch.Tensor):
+            shape, stride = ([self.carry(i) for i in sizes] for sizes in (value.shape, value.stride()))
+            with self.mode:
+                return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        if not isinstance(value, torch.SymInt):
+            return value
+        expr, old_env = value.node.expr, value.node.shape_env
+        hints = getattr(old_env, "backed_var_to_val", None) or old_env.var_to_val
+        for s in sorted(expr.free_symbols, key=str):
+            if s not in self.symbols:
+                self.symbols[s] = self._new(f"{s}", max(2, int(hints[s]) // self.multiples.get(s, 1)))
+        new = expr.xreplace({s: self.multiples.get(s, 1) * self.symbols[s] for s in expr.free_symbols})
+        mine = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
+        return self.env.create_symintnode(new, hint=int(new.xreplace({s: mine[s] for s in new.free_symbols})))
+
+    def constant(self, value: object) -> object:
+        """A tensor that the graph holds, real or already fake, as one of these shapes; anything else as it is."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        return self.carry(value) if isinstance(value, FakeTensor) else self.mode.from_tensor(value)
+
+    def _new(self, name: str, hint: int):
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        return self.env.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+
+
+def expression(size: object) -> object:
+    """A size as a sympy expression, or as the int that it is."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def compile_aten(gm: torch.fx.GraphModule, inputs: list, compile_graph) -> object:
+    """Hand a captured torch.compile graph to AOT as inference and to `compile_graph(aten_graph, fake_inputs)` after it.
+
+    Nothing is decomposed but what AOT must, and mutations of inputs (a KV cache) stay in the graph.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    def compile_outside(graph, fakes):
+        with unset_fake_temporarily():  # AOT's own fake mode is active here
+            return compile_graph(graph, fakes)
+
+    with torch.no_grad():
+        return aot_module_simplified(gm, inputs, fw_compiler=compile_outside, inference_compiler=compile_outside,
+                                     decompositions={}, keep_inference_input_mutations=True)
+
+
+def inductor(gm: torch.fx.GraphModule, inputs: list, cache_tag: str):
+    """Inductor's code for an aten graph, as a function of the list of inputs. `cache_tag` becomes part of its cache keys."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.compiler.config.patch(cache_key_tag=cache_tag), torch.no_grad():
+        run = compile_fx(gm, inputs)
+    return lambda args: run(*args)
+
+
+def module_name(path: str) -> str:
+    """Dynamo's name of a module ("L['self'].model.layers[0].mlp", or with _modules['..']) as Python's qualified name."""
+    import re
+
+    path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g is not None), path)
+    return re.sub(r"^L?\.?(self|fn|mod)?\.?", "", path)
+
+
+def boxed(f):
+    """Mark a function of one list of inputs as AOT's calling convention wants it."""
+    f._boxed_call = True
+    return f

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import compat
 from ..config import Link
 from ..op import OPS, op_of
 from .rewrite import val
@@ -53,6 +53,5 @@ def seconds(sent: int, messages: int, link: Link) -> float:
 
 def at(size: Any, symbol: Any, value: int) -> int:
     """A size that is an int, or symbolic in `symbol`, where that symbol is `value`."""
-    if isinstance(size, torch.SymInt):
-        size = size.node.expr
+    size = compat.expression(size)
     return int(size.subs(symbol, value)) if hasattr(size, "subs") and symbol is not None else int(size)

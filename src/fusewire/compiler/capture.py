@@ -1,0 +1,110 @@
+"""torch.compile hands us one graph for each specialisation; we run the plan that fits the token count."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import compat
+from ..config import Config
+from ..errors import InputError
+from .plan import Capture, Plan, capture
+
+TOKEN_DIMS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": 1, "cache_position": 0}  # of a Hugging Face decoder
+
+
+@dataclass
+class Compiled:
+    """A callable model; `captures` grows by one whenever torch compiles it for another specialisation."""
+
+    model: Callable
+    config: Config
+    token_dims: dict[str, int]
+    captures: list[Capture] = field(default_factory=list)
+    last: tuple[Capture, int, Plan] | None = None  # what ran last: the capture, the token symbol's value, the plan
+
+    def __post_init__(self) -> None:
+        self._run = torch.compile(self.model, backend=self._backend, fullgraph=True)
+        forward = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        self._signature = inspect.signature(forward)
+        functools.update_wrapper(self, forward, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        for name, dim in self.token_dims.items():
+            t = bound.get(name)
+            if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
+                torch._dynamo.mark_dynamic(t, dim)
+        with torch.no_grad():
+            return self._run(*args, **kwargs)
+
+    def _backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        return compat.compile_aten(gm, inputs, self._compile)
+
+    def _compile(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        start = time.perf_counter()
+        found = capture(gm, inputs, self.config)
+        found.timings["total"] = time.perf_counter() - start
+        self.captures.append(found)
+        if self.config.strict:
+            from .explain import check_strict
+
+            check_strict(found)
+        return compat.boxed(functools.partial(self._dispatch, found))
+
+    def _dispatch(self, found: Capture, inputs: list) -> Any:
+        # Outside both graphs, on real sizes: decided on the captured fake values it would be a guard of both plans.
+        size = found.size_of(inputs)
+        plan = found.choose(size)
+        self.last = found, size, plan
+        if plan.call is None:
+            plan.call = self._code(plan)
+        return plan.call(inputs)
+
+    def _code(self, plan: Plan) -> Callable[[list], Any]:
+        if self.config.codegen == "fx":
+            return lambda inputs: plan.gm(*inputs)
+        fakes = [n.meta["val"] for n in plan.gm.graph.nodes if n.op == "placeholder"]
+        return compat.inductor(plan.gm, fakes, cache_tag(plan, self.config))
+
+
+def cache_tag(plan: Plan, config: Config) -> str:
+    """What compiled code must not be shared across: rank, world, groups, plan, choices, our own sources.
+
+    Our graphs look ranks up when they run, so equal graphs are equal programs; the tag guards whatever else is in them.
+    """
+    from ..group import resolve
+    from ..op import op_of
+
+    names = {a for n in plan.gm.graph.nodes if (o := op_of(n)) and "group" in o.params for a in [n.args[o.params.index("group")]]}
+    groups = [(name, (g := resolve(name)).rank(), g.world_size) for name in sorted(names)]
+    return f"fusewire {groups} {plan.name} {sorted(config.rules.items())} {source_hash()}"
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of Fusewire's own Python sources."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile(model: Callable, config: Config | None = None, token_dims: dict[str, int] | None = None) -> Compiled:
+    """Compile a tensor-parallel model: the same callable, with its communication fused.
+
+    model       a module or function whose collectives are Fusewire's, functional collectives, or DTensor's
+    token_dims  argument name -> the dimension that counts tokens; by default those of a Hugging Face decoder
+
+    Sizes of 2 and more share one compilation; 1 has its own. No gradient is recorded.
+    """
+    if not callable(model):
+        raise InputError(f"compile: {type(model).__name__} is not callable; give a module or a function")
+    return Compiled(model, config or Config(), TOKEN_DIMS if token_dims is None else token_dims)

@@ -1,0 +1,251 @@
+"""Plans: the same captured model rewritten for a replicated or for a sharded residual, and the choice between them."""
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import compat
+from ..config import Config
+from ..op import op_of
+from ..ops.collectives import all_gather, all_reduce, reduce_scatter, world_size
+from . import adopt, cost, tokens
+from .lower import lower
+from .passes import PLANS
+from .rewrite import Verdict, merge_equal_calls, outputs, run, val
+
+MIN_LOCAL_TOKENS = 2  # a size of 1 is special to torch (strides, broadcasting), so sharded graphs are made for two or more
+
+
+@dataclass(frozen=True)
+class Site:
+    """One collective of the model as it was captured; `module` is who called it, "" if that is not known."""
+
+    index: int
+    module: str
+    what: str
+
+
+@dataclass
+class Plan:
+    """One rewritten graph.
+
+    name      "unfused" (as captured, foreign spellings adopted), "replicated" or "sharded" (the residual between layers)
+    symbol    the symbol in the fake values' sizes that varies with the tokens, None if every size is a number
+    multiple  what it is multiplied by to give the captured one
+    refused   why the byte gate took the passes back, "" if it did not
+    """
+
+    name: str
+    gm: fx.GraphModule
+    verdicts: list[Verdict] = field(default_factory=list)
+    symbol: Any = None
+    multiple: int = 1
+    refused: str = ""
+    call: Callable[[list], Any] | None = None
+    _wire: list[tuple[fx.Node, Any, int]] | None = None
+
+    def wire(self, size: int) -> list[tuple[fx.Node, int, int]]:
+        """(node, bytes, messages) of every node that sends, where the captured token symbol is `size`."""
+        if self._wire is None:
+            found = [(n, *cost.wire(n)) for n in self.gm.graph.nodes if n.op == "call_function"]
+            self._wire = [w for w in found if w[2]]
+        return [(n, cost.at(b, self.symbol, size // self.multiple), m) for n, b, m in self._wire]
+
+    def sent(self, size: int) -> tuple[int, int]:
+        """(bytes, messages) that a rank sends in one run."""
+        found = self.wire(size)
+        return sum(b for _, b, _ in found), sum(m for _, _, m in found)
+
+
+@dataclass
+class Range:
+    """The plans for a range of token counts in which the same rules are allowed."""
+
+    first: int
+    plans: dict[str, Plan] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # plan name -> why it was not built
+
+
+@dataclass
+class Capture:
+    """One captured graph with its plans.
+
+    sites    its collectives before any rewriting
+    unfused  the graph with foreign spellings adopted and nothing fused
+    ranges   by token count, ascending
+    tokens   (token symbol's value) -> tokens of the activations
+    size_of  (inputs) -> the token symbol's value; 1 if every size is a number
+    """
+
+    sites: list[Site]
+    unfused: Plan
+    ranges: list[Range]
+    tokens: Callable[[int], int]
+    size_of: Callable[[list], int]
+    timings: dict[str, float]
+    new_guards: list[str]
+    config: Config
+    _chosen: dict[int, Plan] = field(default_factory=dict)
+
+    def range_of(self, size: int) -> Range:
+        tokens = self.tokens(size)
+        return [r for r in self.ranges if r.first <= tokens or r is self.ranges[0]][-1]
+
+    def choose(self, size: int) -> Plan:
+        """The plan for a run. It depends on the size alone, so every rank chooses the same."""
+        if (plan := self._chosen.get(size)) is None:
+            plan = self._chosen[size] = self._choose(size)
+        return plan
+
+    def why_not_sharded(self, size: int) -> str | None:
+        """Why the sharded plan cannot run at this size, None if it can."""
+        r = self.range_of(size)
+        if (sharded := r.plans.get("sharded")) is None:
+            return r.missing["sharded"]
+        if sharded.symbol is not None and (size % sharded.multiple or size // sharded.multiple < MIN_LOCAL_TOKENS):
+            return (f"{self.tokens(size)} tokens: the sharded plan takes multiples of {self.tokens(sharded.multiple)} "
+                    f"from {self.tokens(sharded.multiple * MIN_LOCAL_TOKENS)} on")
+        return None
+
+    def _choose(self, size: int) -> Plan:
+        plans = self.range_of(size).plans
+        if self.config.plan == "replicated" or self.why_not_sharded(size):
+            return plans["replicated"]
+        if self.config.plan == "sharded":
+            return plans["sharded"]
+        return min(plans.values(), key=lambda p: cost.seconds(*p.sent(size), self.config.link))
+
+
+def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
+    """Adopt an aten graph and build its plans. `inputs` are the fake values of its placeholders."""
+    timings: dict[str, float] = {}
+    shapes, base = timed(timings, "carry", carry, gm, {})
+    guards = len(shapes.guards())
+    verdicts = run(base.graph, adopt.rules, timings)
+    sites = number_sites(base.graph)
+    verdicts += run(base.graph, tokens.rules, timings)
+    timed(timings, "merge_equal_calls", merge_equal_calls, base.graph)
+    verdicts += run(base.graph, [tokens.cancel_views], timings)
+
+    reduced = [n for n in base.graph.nodes if op_of(n) is all_reduce]
+    counts = {compat.expression(val(n).shape[0]) for n in reduced if val(n).dim() > 1} or {0}
+    count = max(counts, key=str)
+    symbols = {s for c in counts for s in getattr(c, "free_symbols", ())}
+    symbol = min(symbols, key=str, default=None)
+    size_of = reader(inputs, next((old for old, new in shapes.symbols.items() if new == symbol), None))
+    w = math.lcm(*(world_size(n.args[1]) for n in reduced))
+    missing = ""
+    if not reduced:
+        missing = "the model has no all_reduce to split"
+    elif len(symbols) > 1:
+        missing = f"the token count depends on {len(symbols)} sizes that vary; let one dimension be dynamic, not several"
+    elif symbol is None and (odd := [c for c in counts if c % w]):
+        missing = f"{odd[0]} tokens do not divide over {w} ranks"
+    multiple = 1 if symbol is None else w // math.gcd(w, *(cost.at(c, symbol, 1) for c in counts))
+
+    found = Capture(sites, Plan("unfused", base, verdicts, symbol), [], lambda size: cost.at(count, symbol, size), size_of,
+                    timings, [], config)
+    for first, off in ranges(config, None if symbol is not None else int(count)):
+        r = Range(first)
+        found.ranges.append(r)
+        copied = fx.GraphModule(base, copy.deepcopy(base.graph))
+        r.plans["replicated"] = build(Plan("replicated", copied, [], symbol), found, off)
+        if missing or config.plan == "replicated":
+            r.missing["sharded"] = missing or "the replicated plan was asked for"
+            continue
+        own, copied = timed(timings, "carry", carry, base, {symbol: multiple})
+        mine = len(own.guards())
+        r.plans["sharded"] = build(Plan("sharded", copied, [], own.symbols.get(symbol), multiple), found, off)
+        found.new_guards += own.guards()[mine:]
+    found.new_guards += shapes.guards()[guards:]
+    return found
+
+
+def timed(timings: dict[str, float], name: str, f: Callable, *args: Any) -> Any:
+    start = time.perf_counter()
+    result = f(*args)
+    timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
+    return result
+
+
+def carry(gm: fx.GraphModule, multiples: dict) -> tuple[compat.Shapes, fx.GraphModule]:
+    """A copy of the graph with fake values of its own, see `compat.Shapes`."""
+    shapes = compat.Shapes(multiples)
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    with shapes.mode:
+        for n in new.graph.nodes:
+            if n.op == "placeholder":
+                n.meta["val"] = shapes.carry(n.meta.get("val"))
+            elif n.op == "get_attr":
+                value = getattr(new, n.target)
+                n.meta["val"] = shapes.constant(value)
+            elif n.op == "call_function":
+                n.meta["val"] = n.target(*val(n.args), **val(n.kwargs))
+    return shapes, new
+
+
+def number_sites(graph: fx.Graph) -> list[Site]:
+    """Number the collectives in order and write the numbers into the graph."""
+    found = []
+    for n in graph.nodes:
+        if (o := op_of(n)) in (all_reduce, all_gather, reduce_scatter):
+            found.append(Site(len(found), module_of(n), o.name))
+            for m in (n, *outputs(n).values()):
+                m.meta["sites"] = (found[-1].index,)
+    return found
+
+
+def module_of(n: fx.Node) -> str:
+    """The qualified name of the innermost module whose forward made a node."""
+    stack = n.meta.get("nn_module_stack") or {}
+    names = [entry[0] for entry in stack.values()]
+    return compat.module_name(names[-1]) if names else ""
+
+
+def reader(inputs: list, symbol: Any) -> Callable[[list], int]:
+    """How to read a symbol's value off the real inputs."""
+    if symbol is None:
+        return lambda args: 1
+    for i, v in enumerate(inputs):
+        if isinstance(v, torch.SymInt) and v.node.expr == symbol:
+            return lambda args, i=i: args[i]
+        if isinstance(v, torch.Tensor):
+            for d, s in enumerate(v.shape):
+                if isinstance(s, torch.SymInt) and s.node.expr == symbol:
+                    return lambda args, i=i, d=d: args[i].shape[d]
+    raise AssertionError(f"no input has the size {symbol}")
+
+
+def ranges(config: Config, tokens: int | None) -> list[tuple[int, frozenset[str]]]:
+    """(first token count, rules that are off from there on), ascending; just one if the token count is known."""
+    edges = {0}
+    for b in config.rules.values():
+        edges |= {b.minimum} | ({b.maximum + 1} if b.maximum is not None else set())
+    found = [(e, frozenset(name for name in config.rules if not config.allows(name, e))) for e in sorted(edges)]
+    return found if tokens is None else [[r for r in found if r[0] <= tokens][-1]]
+
+
+def build(plan: Plan, found: Capture, off: frozenset[str]) -> Plan:
+    """Run the plan's passes, keep them only if the wire bytes do not grow, and lower the result."""
+    size = 1 if plan.symbol is None else 4096 * plan.multiple
+    allowed = found.unfused.sent(size)[0]
+    for rules in PLANS[plan.name]:
+        plan.verdicts += run(plan.gm.graph, [r for r in rules if r.name not in off], found.timings)
+        timed(found.timings, "merge_equal_calls", merge_equal_calls, plan.gm.graph)
+    if (grown := plan.sent(size)[0]) > allowed:
+        plan.refused = f"its passes would send {grown} bytes instead of {allowed}"
+        plan.gm = fx.GraphModule(found.unfused.gm, copy.deepcopy(found.unfused.gm.graph))
+        plan.symbol, plan.multiple, plan._wire, plan.verdicts = found.unfused.symbol, 1, None, []
+    timed(found.timings, "lower", lower, plan.gm.graph)
+    plan.gm.recompile()
+    return plan
+
+
+__all__ = ["Capture", "Plan", "Range", "Site", "capture"]
