@@ -21,32 +21,34 @@ from . import Format, Part, cdiv, get
 MULTIPLE = (128, 4)
 
 
-def _copy(x: Tensor) -> Tensor:
-    # not `contiguous` or `reshape`, which first ask whether they need to copy and so put a guard on the number of rows
-    return x.clone(memory_format=torch.contiguous_format)
+def offsets(m: int, kb: int, device: torch.device) -> Tensor:
+    """Where each of (m, kb) linear scales lies in the swizzled array, int64 (m, kb): the formula above.
+
+    Reshaping to (m / 128, Kb, 32, 4, 4) is quicker, but on fake tensors a dimension of m / 128 puts a guard on m.
+    """
+    i, j = torch.arange(m, device=device).unsqueeze(1), torch.arange(kb, device=device)
+    return (i // 128 * cdiv(kb, 4) + j // 4) * 512 + i % 32 * 16 + i % 128 // 32 * 4 + j % 4
 
 
 def swizzle(scale: Tensor) -> Tensor:
     """Linear scales (m, kb) of a one-byte dtype to (ceil(m / 128) * 128, ceil(kb / 4) * 4), same dtype, padding zero."""
-    (m, kb), codes = scale.shape, scale.view(torch.uint8)  # many kernels lack float8, so bytes are moved
-    tiles, groups = cdiv(m, 128), cdiv(kb, 4)
-    # two concatenations, not a pad: they neither ask whether the padding is empty, which fixes m, nor alias
-    codes = torch.cat((codes, codes.new_zeros(m, groups * 4 - kb)), 1)
-    codes = torch.cat((codes, codes.new_zeros(tiles * 128 - m, groups * 4)), 0)
-    codes = codes.view(tiles, 4, 32, groups, 4).permute(0, 3, 2, 1, 4)
-    return _copy(codes).view(tiles * 128, groups * 4).view(scale.dtype)
+    m, kb = scale.shape
+    codes = scale.view(torch.uint8)  # many kernels lack float8, so bytes are moved
+    out = codes.new_zeros(cdiv(m, 128) * 128, cdiv(kb, 4) * 4)
+    out.view(-1).scatter_(0, offsets(m, kb, scale.device).view(-1), codes.reshape(-1))
+    return out.view(scale.dtype)
 
 
 def unswizzle(swizzled: Tensor, m: int, kb: int) -> Tensor:
     """What `swizzle` was given, (m, kb); FormatError if the shape is not what m and kb give."""
-    tiles, groups = cdiv(m, 128), cdiv(kb, 4)
-    if swizzled.shape != (tiles * 128, groups * 4):
+    expected = (cdiv(m, 128) * 128, cdiv(kb, 4) * 4)
+    if swizzled.shape != expected:
         raise FormatError(
-            f"128x4: swizzled scales have shape {tuple(swizzled.shape)}, but m = {m} and kb = {kb} "
-            f"give {(tiles * 128, groups * 4)}; swizzled shards can be joined only if each has a multiple of 128 rows"
+            f"128x4: swizzled scales have shape {tuple(swizzled.shape)}, but m = {m} and kb = {kb} give {expected}; "
+            "shards can be joined while swizzled only if each has a multiple of 128 rows"
         )
-    codes = _copy(swizzled.view(torch.uint8)).view(tiles, groups, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return _copy(_copy(codes).view(tiles * 128, groups * 4)[:m, :kb]).view(swizzled.dtype)
+    at = offsets(m, kb, swizzled.device)
+    return swizzled.view(torch.uint8).reshape(-1).index_select(0, at.view(-1)).view(m, kb).view(swizzled.dtype)
 
 
 def _scale_index(parts: tuple[Part, ...]) -> int:
