@@ -166,7 +166,10 @@ def _first_to_say(text: str, rank: int) -> bool:
     """Whether no other rank under torchrun prints this sentence; before the ranks have met it is rank 0 that speaks."""
     if not dist.is_initialized():
         return rank == 0
-    return compat.process_group_store(dist.group.WORLD).add(f"fusewire/said/{text}", 1) == 1
+    try:
+        return compat.process_group_store(dist.group.WORLD).add(f"fusewire/said/{text}", 1) == 1
+    except dist.DistError:  # the process that kept the store is gone: better said twice than not at all
+        return True
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:
