@@ -12,8 +12,9 @@ g is compressed-tensors' `weight_global_scale`, a divisor (its reciprocal is Mod
 in this order is compressed-tensors' own dequantization, bit for bit.
 
 A = 0: g = FLT_MAX, all scales and codes 0. A infinite: g = 1. A NaN: g NaN, all scales NaN.
-A zero block: scale 0, codes 0 (8 for -0.0, where TransformerEngine's Python, though not its kernel, gives 0).
-A block so small that its scale rounds to 0: codes +-6 where x is not 0; it dequantizes to 0.
+A zero block: scale 0, codes 0 and 8. The sign bit is kept as e2m1 conversion instructions keep it: -0.0 is 8, also where x
+underflows to it, for which that Python reference, comparing with 0, gives 0. The values are the same.
+A block so small that its scale rounds to 0: codes of x * FLT_MAX, so +-6 for normal x; it dequantizes to 0.
 NaN in a block: its scale is NaN (0x7F) and its codes 0; it dequantizes to NaN. Infinity: scale 448, code +-6 (saturated).
 """
 from __future__ import annotations
