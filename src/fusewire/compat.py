@@ -61,7 +61,7 @@ class Shapes:
         return [str(g.expr) for g in self.env.guards]
 
     def carry(self, value: object) -> object:
-        """A captured fake value (tensor, size, constant) as one of these shapes, in new storage."""
+        """A captured value (tensor, size, constant) as one of these shapes, in new storage."""
         if isinstance(value, torch.Tensor):
             shape, stride = ([self.carry(i) for i in sizes] for sizes in (value.shape, value.stride()))
             with self.mode:
@@ -72,18 +72,10 @@ class Shapes:
         hints = getattr(old_env, "backed_var_to_val", None) or old_env.var_to_val
         for s in sorted(expr.free_symbols, key=str):
             if s not in self.symbols:
-                self.symbols[s] = self._new(f"{s}", max(2, int(hints[s]) // self.multiples.get(s, 1)))
+                self.symbols[s] = self._new(f"{s}", max(2, int(hints.get(s, 64)) // self.multiples.get(s, 1)))
         new = expr.xreplace({s: self.multiples.get(s, 1) * self.symbols[s] for s in expr.free_symbols})
         mine = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
         return self.env.create_symintnode(new, hint=int(new.xreplace({s: mine[s] for s in new.free_symbols})))
-
-    def constant(self, value: object) -> object:
-        """A tensor that the graph holds, real or already fake, as one of these shapes; anything else as it is."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        from torch._subclasses.fake_tensor import FakeTensor
-
-        return self.carry(value) if isinstance(value, FakeTensor) else self.mode.from_tensor(value)
 
     def _new(self, name: str, hint: int):
         from torch._dynamo.source import ConstantSource
@@ -135,3 +127,8 @@ def boxed(f):
     """Mark a function of one list of inputs as AOT's calling convention wants it."""
     f._boxed_call = True
     return f
+
+
+def tree_map(f, value: object) -> object:
+    """f of every leaf of nested lists, tuples and dicts."""
+    return torch.utils._pytree.tree_map(f, value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from .errors import InputError
 
 CODEGENS = ("fx", "inductor")
-PLANS = ("auto", "replicated", "sharded")
+PLANS = ("auto", "unfused", "replicated", "sharded")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config:
     """How a model is compiled.
 
     rules    rule name -> the token counts it may run for; a rule that is not named runs for all
-    plan     "auto" picks by token count; "replicated" or "sharded" forces one (sharded still needs tokens that divide)
+    plan     "auto" picks by token count; any other is forced (sharded still needs tokens that divide)
     codegen  "fx" runs the rewritten graph node by node, "inductor" compiles it
     strict   raise StrictError if a site that some enabled rule should fuse is not fused
     """

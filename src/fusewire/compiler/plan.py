@@ -36,7 +36,7 @@ class Site:
 class Plan:
     """One rewritten graph.
 
-    name      "unfused" (as captured, foreign spellings adopted), "replicated" or "sharded" (the residual between layers)
+    name      "unfused" (foreign spellings adopted, the spec of the others), "replicated" or "sharded" (the residual between layers)
     symbol    the symbol in the fake values' sizes that varies with the tokens, None if every size is a number
     multiple  what it is multiplied by to give the captured one
     refused   why the byte gate took the passes back, "" if it did not
@@ -116,6 +116,8 @@ class Capture:
 
     def _choose(self, size: int) -> Plan:
         plans = self.range_of(size).plans
+        if self.config.plan == "unfused":
+            return self.unfused
         if self.config.plan == "replicated" or self.why_not_sharded(size):
             return plans["replicated"]
         if self.config.plan == "sharded":
@@ -157,14 +159,16 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
         found.ranges.append(r)
         copied = fx.GraphModule(base, copy.deepcopy(base.graph))
         r.plans["replicated"] = build(Plan("replicated", copied, [], symbol), found, off)
-        if missing or config.plan == "replicated":
-            r.missing["sharded"] = missing or "the replicated plan was asked for"
+        if missing or config.plan in ("unfused", "replicated"):
+            r.missing["sharded"] = missing or f"the {config.plan} plan was asked for"
             continue
         own, copied = timed(timings, "carry", carry, base, {symbol: multiple})
         mine = len(own.guards())
         r.plans["sharded"] = build(Plan("sharded", copied, [], own.symbols.get(symbol), multiple), found, off)
         found.new_guards += own.guards()[mine:]
     found.new_guards += shapes.guards()[guards:]
+    lower(base.graph)
+    base.recompile()
     return found
 
 
@@ -176,18 +180,12 @@ def timed(timings: dict[str, float], name: str, f: Callable, *args: Any) -> Any:
 
 
 def carry(gm: fx.GraphModule, multiples: dict) -> tuple[compat.Shapes, fx.GraphModule]:
-    """A copy of the graph with fake values of its own, see `compat.Shapes`."""
+    """A copy of the graph whose fake values are carried over into shapes of their own, see `compat.Shapes`."""
     shapes = compat.Shapes(multiples)
     new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    with shapes.mode:
-        for n in new.graph.nodes:
-            if n.op == "placeholder":
-                n.meta["val"] = shapes.carry(n.meta.get("val"))
-            elif n.op == "get_attr":
-                value = getattr(new, n.target)
-                n.meta["val"] = shapes.constant(value)
-            elif n.op == "call_function":
-                n.meta["val"] = n.target(*val(n.args), **val(n.kwargs))
+    for n in new.graph.nodes:
+        value = getattr(new, n.target) if n.op == "get_attr" else n.meta.get("val")
+        n.meta["val"] = compat.tree_map(shapes.carry, value)
     return shapes, new
 
 

@@ -5,10 +5,35 @@ import torch
 from torch import Tensor
 
 from .. import formats
+from ..errors import FormatError
 from ..op import op
 
 
-@op
+def _parts(fmt: str, tokens: int, k: int, like: Tensor) -> list[Tensor]:
+    f = formats.get(fmt)
+    return [like.new_empty(p.shape(tokens, k), dtype=like.dtype if f.name == "bf16" else p.dtype) for p in f.parts]
+
+
+def _quantized(x: Tensor, params: list[Tensor], fmt: str) -> list[Tensor]:
+    formats.get(fmt).check(x)
+    return _parts(fmt, *x.shape, x)
+
+
+def _relaid(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
+    return _parts(to, x[0].shape[0], k, x[0])
+
+
+def _product(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
+    block = formats.get(fmt).parts[0].block[1]
+    if x[0].shape[1] != w[0].shape[1]:
+        raise FormatError(f"matmul: x has k = {x[0].shape[1] * block} and the weight has {w[0].shape[1] * block}; they must be equal")
+    return x[0].new_empty((x[0].shape[0], w[0].shape[0]), dtype=dtype)
+
+
+# The fakes below only save time: a test compares each with its reference.
+
+
+@op(fake=lambda x: x.new_empty((), dtype=torch.float32))
 def amax(x: Tensor) -> Tensor:
     """max |x| over all elements, a float32 scalar; 0 for an empty tensor, NaN if x has one."""
     return torch.cat([x.abs().amax(-1).reshape(-1).float(), x.new_zeros(1, dtype=torch.float32)]).amax()
@@ -21,7 +46,7 @@ def params_from_amax(amax: Tensor, fmt: str) -> list[Tensor]:
     return [p.clone() for p in make(amax)] if make else []
 
 
-@op(tokens=("x",))
+@op(tokens=("x",), fake=_quantized)
 def quantize(x: Tensor, params: list[Tensor], fmt: str) -> list[Tensor]:
     """x (tokens, k) -> the parts of `fmt`. Token by token: the params are given, not computed here."""
     return formats.get(fmt).quantize(x, params)
@@ -32,7 +57,7 @@ def linear(fmt: str) -> str:
     return fmt.partition(":")[0]
 
 
-@op
+@op(fake=_relaid)
 def relayout(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
     """The parts of a (tokens, k) activation of `fmt` as those of `to`, the same format in the other scale layout.
 
@@ -41,7 +66,7 @@ def relayout(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
     return formats.layout.relayout(x, fmt, to, x[0].shape[0], k)
 
 
-@op
+@op(fake=_product)
 def matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """y = x @ w.T + bias.
 

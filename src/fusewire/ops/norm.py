@@ -7,7 +7,11 @@ from torch import Tensor
 from ..op import op
 
 
-@op(tokens=("x",))
+def _normed(x: Tensor, *_) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@op(tokens=("x",), fake=_normed)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dim, in float32, rounded to x's dtype.
 
@@ -24,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: b
     return (y * (w + offset if offset else w)).to(x.dtype)
 
 
-@op(tokens=("x", "residual"))
+@op(tokens=("x", "residual"), fake=lambda x, residual, *_: (_normed(x), _normed(x)))
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
     """-> (rms_norm(x + residual), x + residual): the sum is rounded to its dtype first, as the unfused program does."""
     total = residual + x

@@ -73,7 +73,7 @@ def sink_all_gather(n: fx.Node) -> Verdict | None:
     if not compat.known_true(freed >= nbytes(values)):
         blockers = ", ".join(name for names in stays.values() for name in names)
         return missed(f"gathering {n.name} as well would add {w - 1}/{w} of {nbytes(values)} bytes, since {blockers} needs the whole tensor")
-    sites = sites_of(*gathers.values())
+    sites = sites_of(*gathers.values())[-1:]  # the newest: an older one is the residual's, accounted for where it was read
     with graph.inserting_before(n):
         swap = {a: gathers[a].args[0][0] if a in gathers else call(graph, shard, a, group) for a in cut}
         args = local_args(n, swap)
