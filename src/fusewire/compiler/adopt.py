@@ -223,10 +223,10 @@ def adopt_add_rms_norm(n: fx.Node) -> Verdict | None:
     a, b = n.args[:2]
     if n.kwargs.get("alpha", 1) != 1 or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return None
-    if val(a).dtype != val(b).dtype or not compat.same_shape(val(a), val(b)):
-        return None
     norms = [u for u in n.users if op_of(u) is rms_norm and u.args[0] is n]
     if len(norms) != 1:
+        return None
+    if not isinstance(val(b), torch.Tensor) or val(a).dtype != val(b).dtype or not compat.same_shape(val(a), val(b)):
         return None
     [norm] = norms
     first = min(n.users)

@@ -94,6 +94,15 @@ class Capture:
     config: Config
     _chosen: dict[int, Plan] = field(default_factory=dict)
 
+    def size_at(self, tokens: int | None) -> int | None:
+        """The token symbol's value for so many tokens, None if this graph cannot run them; for None any that it can."""
+        if self.unfused.symbol is None:
+            return 1 if tokens in (None, self.tokens(1)) else None
+        per = self.tokens(1)
+        if tokens is None:
+            return max([MIN_LOCAL_TOKENS, *(p.multiple * MIN_LOCAL_TOKENS for p in self.ranges[-1].plans.values())])
+        return tokens // per if tokens % per == 0 and tokens // per >= MIN_LOCAL_TOKENS else None
+
     def range_of(self, size: int) -> Range:
         tokens = self.tokens(size)
         return [r for r in self.ranges if r.first <= tokens or r is self.ranges[0]][-1]

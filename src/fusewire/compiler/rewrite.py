@@ -13,10 +13,17 @@ from ..op import Op, op_of
 
 
 class Verdict(NamedTuple):
-    """What a rule did at a node. `sites` are the collectives of the original graph that it concerns."""
+    """What a rule did at a node.
 
-    kind: str  # "fused" | "missed"
+    kind       "fused" or "missed"
+    why        into which op; or a sentence
+    avoidable  a miss that another choice of the user could have prevented; False: there is no matmul to fuse with
+    sites      the collectives of the original graph that it concerns
+    """
+
+    kind: str
     why: str
+    avoidable: bool = False
     rule: str = ""
     sites: tuple[int, ...] = ()
 
@@ -25,8 +32,8 @@ def fused(into: Op | str) -> Verdict:
     return Verdict("fused", into if isinstance(into, str) else into.name)
 
 
-def missed(why: str) -> Verdict:
-    return Verdict("missed", why)
+def missed(why: str, avoidable: bool = True) -> Verdict:
+    return Verdict("missed", why, avoidable)
 
 
 class Rule(NamedTuple):

@@ -48,7 +48,8 @@ def fuse_all_gather_matmul(ag: fx.Node) -> Verdict | None:
     made = set(outputs(source).values())
     if others := [u for u in readers if op_of(u) is not matmul or producer(arg(u, "x"), op_of(source)) is not source
                   or made & {*arg(u, "w"), *arg(u, "params"), arg(u, "bias")}]:
-        return missed(f"it feeds {describe(others)}, not only matmuls")
+        beside = any(op_of(u) is matmul for u in readers)
+        return missed(f"it feeds {describe(others)}, {'not only matmuls' if beside else 'not a matmul'}", avoidable=beside)
     kinds = {(arg(m, "fmt"), arg(m, "dtype"), *arg(m, "params")) for m in readers}
     if len(kinds) > 1:
         return missed(f"its {len(readers)} matmuls differ in format, dtype or params: " + "; ".join(
@@ -72,7 +73,7 @@ def fuse_matmul_reduce_scatter(rs: fx.Node) -> Verdict | None:
     """A matmul and the reduce_scatter of its result."""
     x, group = rs.args
     if (m := producer(x, matmul)) is None:
-        return missed(f"its input is {describe([x])}, not a matmul: there is nothing to hide it behind")
+        return missed(f"its input is {describe([x])}, not a matmul: there is nothing to hide it behind", avoidable=False)
     if len(m.users) > 1:
         return missed(f"the matmul also feeds {describe([u for u in m.users if u is not rs])}")
     with rs.graph.inserting_before(rs):
