@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroup, _get_process_group_store, _resolve_process_group
 
 OP_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -55,33 +56,56 @@ class Shapes:
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.multiples = multiples
         self.symbols: dict = {}
+        self._sizes: dict = {}
+        self._tensors: dict = {}
 
     def guards(self) -> list[str]:
         """The conditions that were decided from hints so far."""
         return [str(g.expr) for g in self.env.guards]
 
     def carry(self, value: object) -> object:
-        """A captured value (tensor, size, constant) as one of these shapes, in new storage."""
+        """A captured value (tensor, size, constant) as one of these shapes, in new storage. Equal ones are made once: they
+        are only looked at."""
         if isinstance(value, torch.Tensor):
-            shape, stride = ([self.carry(i) for i in sizes] for sizes in (value.shape, value.stride()))
-            with self.mode:
-                return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            shape, stride = ([expression(i) for i in sizes] for sizes in (value.shape, value.stride()))
+            key = (*shape, None, *stride, value.dtype, value.device)
+            if key not in self._tensors:
+                with self.mode:
+                    self._tensors[key] = torch.empty_strided([self._size(i) for i in value.shape],
+                                                             [self._size(i) for i in value.stride()],
+                                                             dtype=value.dtype, device=value.device)
+            return self._tensors[key]
+        return self._size(value)
+
+    def _size(self, value: object) -> object:
         if not isinstance(value, torch.SymInt):
             return value
         expr, old_env = value.node.expr, value.node.shape_env
-        hints = getattr(old_env, "backed_var_to_val", None) or old_env.var_to_val
-        for s in sorted(expr.free_symbols, key=str):
-            if s not in self.symbols:
-                self.symbols[s] = self._new(f"{s}", max(2, int(hints.get(s, 64)) // self.multiples.get(s, 1)))
-        new = expr.xreplace({s: self.multiples.get(s, 1) * self.symbols[s] for s in expr.free_symbols})
-        mine = getattr(self.env, "backed_var_to_val", None) or self.env.var_to_val
-        return self.env.create_symintnode(new, hint=int(new.xreplace({s: mine[s] for s in new.free_symbols})))
+        if expr not in self._sizes:
+            hints = hints_of(old_env)
+            for s in sorted(expr.free_symbols, key=str):
+                if s not in self.symbols:
+                    self.symbols[s] = self._new(f"{s}", max(2, int(hints.get(s, 64)) // self.multiples.get(s, 1)))
+            new = expr.xreplace({s: self.multiples.get(s, 1) * self.symbols[s] for s in expr.free_symbols})
+            mine = hints_of(self.env)
+            self._sizes[expr] = self.env.create_symintnode(new, hint=int(new.xreplace({s: mine[s] for s in new.free_symbols})))
+        return self._sizes[expr]
 
     def _new(self, name: str, hint: int):
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic
 
         return self.env.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+
+
+def hints_of(env: object) -> dict:
+    """Symbol -> the size it had when a graph was captured (renamed in 2.13)."""
+    return getattr(env, "backed_var_to_val", None) or env.var_to_val  # type: ignore[attr-defined]
+
+
+def all_gather_into(out: torch.Tensor, x: torch.Tensor, group: ProcessGroup) -> None:
+    """x (n,) of every rank -> out (world_size * n,); renamed in 2.13."""
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group=group)
 
 
 def expression(size: object) -> object:

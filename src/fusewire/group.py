@@ -49,7 +49,7 @@ def of_process_group(pg: dist.ProcessGroup) -> Group:
 
     def all_gather(x: Tensor) -> Tensor:
         out = x.new_empty(pg.size() * x.numel())
-        dist.all_gather_into_tensor(out, x, group=pg)
+        compat.all_gather_into(out, x, pg)
         return out
 
     def all_to_all(x: Tensor) -> Tensor:

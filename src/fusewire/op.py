@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     refused: list[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class Op:
     """A torch custom op `fusewire::NAME`, and what the compiler must know about it.
 
