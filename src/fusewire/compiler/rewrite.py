@@ -152,17 +152,30 @@ def depends_only_on_inputs(n: fx.Node) -> list[fx.Node] | None:
 
 
 def hoist(nodes: Iterable[fx.Node], before: fx.Node) -> fx.Node | None:
-    """Move what makes `nodes` up, so that they exist at `before`; -> the first node that cannot be moved, if any."""
+    """Move what makes `nodes` up, so that they exist at `before`; -> the first node that cannot be moved, if any.
+
+    What `before` itself makes cannot, and nothing moves past a mutation, which it may have to see, or is random."""
     for n in nodes:
         if n < before:
             continue
         chain = depends_only_on_inputs(n)
-        if chain is None:
+        if chain is None or before in chain:
             return n
-        for m in chain:
-            if not m < before:
-                before.prepend(m)
+        late = [m for m in chain if not m < before]
+        if not all(is_pure_call(m) or m.target in vars(operator).values() for m in late) or _mutates_between(before, n):
+            return n
+        for m in late:
+            before.prepend(m)
     return None
+
+
+def _mutates_between(first: fx.Node, last: fx.Node) -> bool:
+    n = first
+    while n is not last:
+        if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable:
+            return True
+        n = n.next
+    return False
 
 
 # --- writing a graph

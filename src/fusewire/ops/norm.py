@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: b
     cast_first  round the normalized value to x's dtype before the weight multiplies it (Llama's spelling in
                 transformers); the product is then of the promoted dtype and rounded again
     """
-    y = x.float()
+    y = x.float().contiguous()  # like the fake: the result does not inherit the strides of x
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     if cast_first:
         return (weight * y.to(x.dtype)).to(x.dtype)
@@ -31,5 +31,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: b
 @op(tokens=("x", "residual"), fake=lambda x, residual, *_: (_normed(x), _normed(x)))
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> tuple[Tensor, Tensor]:
     """-> (rms_norm(x + residual), x + residual): the sum is rounded to its dtype first, as the unfused program does."""
-    total = residual + x
+    total = (residual + x).contiguous()
     return rms_norm.reference(total, weight, eps, offset, cast_first), total
