@@ -16,6 +16,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewire import formats
 from fusewire.errors import FormatError, InputError
@@ -315,6 +316,33 @@ def test_e4m3_overflow_underflow_and_signs():
     assert bits(data).tolist() == [list(table.values())]
     nans = torch.tensor([0x7FC00000, 0x7FFFFFFF, -0x400000, -1, 0x7F800001], dtype=torch.int32).view(torch.float32).view(1, 5)
     assert bits(f.quantize(nans, [torch.ones(())])[0]).tolist() == [[0x7F] * 5]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_no_cast_to_e4m3_relies_on_saturation(name):
+    """What is cast is within +-448: torch 2.11 makes NaN of the rest, so the bytes alone show nothing on a later torch."""
+    casts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float8_e4m3fn:
+                casts.append(float(args[0].abs().max()))
+            return func(*args, **kwargs)
+
+    f, x = formats.get(name), torch.full((2, 64), 511.0)  # the most that MXFP8's scale leaves
+    with Watch():
+        f.quantize(x, [torch.full((), 1e-3 if name == "fp8_tensor" else 1e3)] * len(f.params))
+    assert len(casts) == 1 and casts[0] == 448.0
+
+
+def test_scales_that_are_nan_are_one_nan():
+    nans = torch.tensor([0x7FC00001, -1, -0x400000], dtype=torch.int32).view(torch.float32)
+    for name in ("fp8_token", "fp8_block"):
+        scale = formats.get(name).quantize(nans.view(3, 1).expand(3, 32), [])[1]
+        assert scale.view(torch.int32).unique().tolist() == [0x7FC00000]
+    for name in ("fp8_tensor", "nvfp4"):
+        for nan in nans:
+            assert formats.get(name).params_from_amax(nan)[0].view(torch.int32).item() == 0x7FC00000
 
 
 @pytest.mark.parametrize(("name", "amax", "want"), [
