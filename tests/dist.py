@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fusewire.launch import _follows
+
 GRACE_S = 0.3  # how long the other ranks may still report after the first failure
 
 
@@ -98,7 +100,7 @@ def _rank(fn: Callable, rank: int, world_size: int, args: tuple, d: str, timeout
     except BaseException as e:
         report = {
             "rank": rank, "module": type(e).__module__, "type": type(e).__qualname__, "text": str(e), "time": time.monotonic(),
-            "traceback": traceback.format_exc(), "consequence": isinstance(e, RuntimeError) and "onnection" in str(e),
+            "traceback": traceback.format_exc(), "consequence": _follows(e),
         }
         _publish(d, f"error{rank}.json", lambda p: p.write_text(json.dumps(report)))
     # A rank that left now would reset the connections of ranks that are still in a collective.

@@ -29,7 +29,8 @@ def said(facts: dict, topic: str = "plan", timeout_s: float = 20.0) -> dict:
 def test_equal_facts_agree_however_often_and_in_any_key_order(world):
     def rank(r):
         for i in range(20):
-            agree(dist.group.WORLD, "plan", dict(sorted((FACTS | {"i": i}).items(), reverse=bool(r % 2))))
+            order = reversed if r % 2 else list
+            agree(dist.group.WORLD, "plan", dict(order((FACTS | {"i": i, "nested": dict(order([("b", 1), ("a", 2)]))}).items())))
         agree(group.of_process_group(dist.group.WORLD), "library", consensus.library_facts())
         return said(FACTS)
 

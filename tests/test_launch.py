@@ -40,9 +40,11 @@ class Run:
         self.process.start()
 
     def _run(self, main, world, args, options):
+        dist.set_debug_level(options.pop("debug", dist.DebugLevel.OFF))  # torch's own lines on stderr are not ours
         for fd, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(self.folder / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND, 0o600), fd)
         faulthandler.disable()  # pytest's, which would tell its own stderr of a rank that aborts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks on CPUs, however many GPUs there are
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
         launcher.tempfile.tempdir = str(self.folder / "tmp")
         os._exit(launch(self._main, world, main, self.folder, *args, **options))
@@ -91,6 +93,9 @@ def run(tmp_path):
         if r.process.exitcode is None:
             r.process.kill()
             r.process.join()
+    for pid in [json.loads(p.read_text()) for p in tmp_path.glob("rank?.json")]:  # of a test that failed
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
@@ -164,6 +169,17 @@ def test_ranks_meet_and_only_rank_0_prints(run):
 def test_one_rank_alone(run):
     r = run(finish, 1)
     assert r.end(within=20) == 0 and r.out() == "rank 0 of 1 on cpu: 1\n"
+
+
+def leave_early(ctx, folder) -> None:
+    if ctx.rank == 1:
+        time.sleep(0.5)
+        assert alive(json.loads((folder / "rank0.json").read_text()))
+
+
+def test_no_rank_leaves_before_all_are_done(run):
+    r = run(leave_early, 2)
+    assert r.end(within=20) == 0, r.err()
 
 
 def fail(ctx, folder, kind: str) -> None:
@@ -255,8 +271,10 @@ def test_killing_the_launcher_leaves_no_orphan_and_the_next_run_cleans_up(run, t
 def test_a_signal_to_the_launcher_ends_it_quietly(run, sent, phase):
     r = run(work, 2, phase)
     pids = r.pids("there")
-    for pid in [r.process.pid, *pids] if sent == signal.SIGINT else [r.process.pid]:  # a terminal interrupts every process
+    for pid in pids if sent != signal.SIGTERM else []:  # a terminal's signal comes to every process, in any order
         os.kill(pid, sent)
+    time.sleep(0.7)
+    os.kill(r.process.pid, sent)
     assert r.end(within=5) == 128 + sent and r.err() == ""
 
 
@@ -302,6 +320,13 @@ def test_a_stuck_rank_is_named_by_the_time_out(run, kind, world, lag_s, what):
     assert r.end(within=5) == 1
     assert r.seconds < 2 + lag_s + 2
     assert r.err().startswith(f"fusewire: rank 1 (pid {pids[1]}) {what}") and r.err().count("\n") == 1, r.err()
+
+
+def test_a_stuck_rank_is_named_in_debug_mode(run):
+    r = run(stall, 2, "busy", 0, timeout_s=2.0, debug=dist.DebugLevel.DETAIL)
+    pid = r.pids("there")[1]
+    assert r.end(within=5) == 1
+    assert r.err().splitlines()[-1].startswith(f"fusewire: rank 1 (pid {pid}) did not answer while decoding token 1; rank 0")
 
 
 def listeners(pids: list[int]) -> list[str]:
@@ -389,8 +414,9 @@ sys.exit(launch(main, 2, sys.argv[1], timeout_s=20))
 ])
 def test_under_torchrun_the_program_runs_as_it_is(tmp_path, how, texts):
     (tmp_path / "program.py").write_text(TORCHRUN)
+    env = os.environ | {"TMPDIR": str(tmp_path), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, tmp_path / "program.py", how], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([*torchrun, tmp_path / "program.py", how], capture_output=True, text=True, timeout=50, env=env)
     said = done.stdout + done.stderr
     assert (done.returncode == 0) == (how == "finish"), said
     for text in texts:

@@ -37,6 +37,7 @@ _SILENCE_S = 1.0  # the same while all that failed did so waiting for another ra
 _GRACE_S = 1.5  # between SIGTERM and SIGKILL
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+_LOST = ("/gloo/", "Wait timeout", "failed to pass monitoredBarrier")  # in errors that have no type of their own
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ def _follows(e: BaseException | None) -> bool:
     seen = []
     while e is not None and e not in seen:
         seen.append(e)
-        if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and ("/gloo/" in str(e) or "Wait timeout" in str(e))):
+        if isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and any(words in str(e) for words in _LOST)):
             return True
         e = e.__cause__ or e.__context__
     return False
