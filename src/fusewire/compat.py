@@ -27,6 +27,34 @@ def group_name(arg: object) -> str:
     return arg.group_name  # type: ignore[attr-defined]
 
 
+def functionalized(n: torch.fx.Node) -> tuple[torch._ops.OpOverload, dict, list[int]] | None:
+    """A custom op that writes to arguments, as AOT wraps it: (the op, its arguments by name, where in the node's outputs its
+    own returns and then those arguments are). None for other nodes, and where a written argument is only part of a tensor.
+    """
+    versions = [getattr(torch.ops.higher_order, name, None) for name in ("auto_functionalized", "auto_functionalized_v2")]
+    if n.op != "call_function" or n.target not in versions or not isinstance(n.args[0], torch._ops.OpOverload):
+        return None
+    op, given = n.args[0], dict(n.kwargs)
+    returns = len(op._schema.returns)
+    at, first = list(range(returns)), max(1, returns)  # an op without returns has None as the first output
+    written = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    for i, name in enumerate(written):
+        if n.target is versions[0] and given[name] is None:
+            return None
+        if n.target is versions[1]:
+            if any(f"_{name}_{part}" in given for part in ("size", "slice_dim")):
+                return None
+            i = given.get(f"_{name}_base_index")
+            if i is None:
+                return None
+            given[name] = given["_all_bases"][i]
+        at.append(first + i)
+    if len(set(at)) < len(at):
+        return None
+    defaults = {a.name: a.default_value for a in op._schema.arguments}
+    return op, {name: given.get(name, default) for name, default in defaults.items()}, at
+
+
 def known_true(condition: object) -> bool:
     """Is a comparison of sizes true whatever the sizes are? Never adds a guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -6,7 +6,7 @@ owner with one line: `adopt(target, op, args)`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -26,73 +26,154 @@ _spellings: dict[Any, tuple[Op, Callable[..., tuple | None]]] = {}
 def adopt(target: torch._ops.OpOverload, op: Op, args: Callable[..., tuple | None]) -> None:
     """From now on a call of `target` is captured as a call of `op`.
 
-    args  called with `target`'s own arguments (graph nodes and constants) -> `op`'s arguments, or None to leave the call
-          alone. If `op` has several outputs, `target` must return the same ones in the same order.
+    args  called with `target`'s own arguments by name (graph nodes and constants) -> `op`'s arguments, or None to leave
+          the call alone. It may make small nodes: `transposed`, `scalar`, `matrix`, `insert`.
+
+    `op`'s outputs are, in order, what `target` returns and then the arguments it writes to (`out!`, `residual!`); of those
+    `args` sees the value before. An output may be spelled in another way than ours: the same bytes as integers, or with a
+    leading dim of 1. Anything else is a miss, and the call stays.
 
     Example, a library's FP8 matmul whose weight is held as (k, n):
         adopt(torch.ops.mylib.fp8_mm.default, matmul, lambda a, b, a_scale, b_scale, dtype:
-              ([a], [a_scale], [b.t, b_scale], None, "fp8_tensor", dtype))   # with `transposed(b)` for b.t
+              ([a], [scalar(a_scale)], [transposed(b), scalar(b_scale)], None, "fp8_tensor", dtype))
     """
     _spellings[target] = (op, args)
 
 
+def insert(target: Callable, like: fx.Node, *args: Any) -> Any:
+    """A call of an aten op, in the graph of `like`, right before the call that is being adopted."""
+    return call(like.graph, target, *args)
+
+
 def transposed(w: fx.Node) -> fx.Node:
-    """w.T as a node: the tensor under a transpose, or a new transpose right behind `w`."""
+    """w.T as a node: the tensor under a transpose, or a new transpose."""
     if is_aten(w, "t") or (is_aten(w, "permute") and list(w.args[1]) == [1, 0]) or (
             is_aten(w, "transpose") and sorted(d % 2 for d in w.args[1:]) == [0, 1]):
         return w.args[0]
-    with w.graph.inserting_after(w):
-        return call(w.graph, aten.t.default, w)
+    return insert(aten.t.default, w, w)
 
 
-def _is_spelling(n: fx.Node) -> bool:
-    return n.target in _spellings
+def scalar(scale: fx.Node) -> fx.Node:
+    """A tensor of one element as a scalar, shape (), which is what params are."""
+    return scale if val(scale).dim() == 0 else insert(aten.reshape.default, scale, scale, [])
 
 
-@rule(_is_spelling)
-def adopt_registered(n: fx.Node) -> Verdict | None:
-    op, args = _spellings[n.target]
-    schema = n.target._schema.arguments
-    bound = {a.name: (n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value)) for i, a in enumerate(schema)}
-    if (ours := args(**bound)) is None:
-        return None
-    with n.graph.inserting_before(n):
-        new = call(n.graph, op, *ours)
-    if isinstance(new, list):
-        single = not isinstance(n.meta["val"], (list, tuple))
-        if single and len(new) != 1:
-            return missed(f"{n.target} returns one tensor where {op.name} returns {len(new)}: its registration is wrong")
-        for i, old in {0: n}.items() if single else outputs(n).items():
-            replace(old, new[i])
+def matrix(x: fx.Node) -> fx.Node:
+    """A batch of one matrix, (1, m, k), as the matrix."""
+    if is_aten(x, "unsqueeze") and x.args[1] in (0, -3):
+        return x.args[0]
+    return insert(aten.select.int, x, x, 0, 0)
+
+
+class _Call(NamedTuple):
+    """A call of a registered spelling: its arguments by name, and (node, fake value) of what it returns and writes."""
+
+    target: torch._ops.OpOverload
+    args: dict[str, Any]
+    made: list[tuple[fx.Node | None, Any]]
+
+
+def _spelled(n: fx.Node) -> _Call | None:
+    """The registered call that `n` is, or that it wraps if it is one with mutated arguments."""
+    if (wrapped := compat.functionalized(n)) is not None:
+        target, args, at = wrapped
+        made = [(outputs(n).get(i), n.meta["val"][i]) for i in at]
+    elif isinstance(n.target, torch._ops.OpOverload):
+        target, schema = n.target, n.target._schema.arguments
+        args = {a.name: (n.args[i] if i < len(n.args) else n.kwargs.get(a.name, a.default_value)) for i, a in enumerate(schema)}
+        value = n.meta.get("val")
+        made = [(outputs(n).get(i), v) for i, v in enumerate(value)] if isinstance(value, (list, tuple)) else [(n, value)]
     else:
-        replace(n, new)
+        return None
+    return _Call(target, args, made) if target in _spellings else None
+
+
+@rule(lambda n: _spelled(n) is not None)
+def adopt_registered(n: fx.Node) -> Verdict | None:
+    found = _spelled(n)
+    op, args = _spellings[found.target]
+    with n.graph.inserting_before(n):
+        if (ours := args(**found.args)) is None:
+            return None
+        new = call(n.graph, op, *ours)
+        new = new if isinstance(new, list) else [new]
+        if len(new) != len(found.made):
+            return missed(f"{found.target} makes {len(found.made)} tensors where {op.name} makes {len(new)}: "
+                          "its registration is wrong")
+        new = [_spelled_as(y, like) for y, (_, like) in zip(new, found.made, strict=True)]
+    for y, (_, like) in zip(new, found.made, strict=True):
+        if val(y).dtype != like.dtype or not compat.same_shape(val(y), like):
+            return missed(f"{found.target} makes {like.dtype} {tuple(like.shape)} where {op.name} makes {val(y).dtype} "
+                          f"{tuple(val(y).shape)}: its registration is wrong")
+    for y, (old, _) in zip(new, found.made, strict=True):
+        if old is not None:
+            replace(old, y)
     return None
 
 
-def _functional(n: fx.Node, name: str) -> bool:
-    return (isinstance(n.target, torch._ops.OpOverload) and n.target.namespace in ("_c10d_functional", "c10d_functional")
-            and n.target._opname == name)
+def _spelled_as(y: fx.Node, like: torch.Tensor) -> fx.Node:
+    """`y` in the other spellings that an output may have, see `adopt`."""
+    if val(y).dtype != like.dtype and not like.dtype.is_floating_point:
+        y = insert(aten.view.dtype, y, y, like.dtype)
+    if val(y).dim() == 2 and like.dim() == 3 and compat.known_true(like.shape[0] == 1):
+        y = insert(aten.reshape.default, y, y, [1, -1, val(y).shape[1]])
+    return y
 
 
-@rule(lambda n: any(_functional(n, name) for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")))
+@rule(lambda n: n.target is aten.view.dtype)
+def cancel_dtype_views(n: fx.Node) -> Verdict | None:
+    """Bytes seen as another dtype (gloo refuses FP8, some ops call e4m3 uint8 or int32) and back are the tensor itself."""
+    x = n.args[0]
+    while x.target is aten.view.dtype:
+        x = x.args[0]
+    if val(x).dtype == val(n).dtype and compat.same_shape(val(x), val(n)):
+        replace(n, x)
+    return None
+
+
+@rule(lambda n: is_aten(n, "slice"))
+def drop_whole_slices(n: fx.Node) -> Verdict | None:
+    """DTensor cuts what it gathered to the size it knows, which is all of it where the shards are even."""
+    if len(n.args) < 5 and compat.same_shape(val(n), val(n.args[0])):
+        replace(n, n.args[0])
+    return None
+
+
+# --- collectives
+
+_ADOPTED = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+def _functional(n: fx.Node) -> str:
+    """The name of a functional collective, "" for anything else."""
+    known = isinstance(n.target, torch._ops.OpOverload) and n.target.namespace in (
+        "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
+    return n.target._opname if known else ""
+
+
+@rule(lambda n: _functional(n) not in ("", "wait_tensor"))
 def adopt_functional_collective(n: fx.Node) -> Verdict | None:
-    """torch.distributed._functional_collectives (which DTensor ends in as well) and the wait after each.
+    """torch.distributed._functional_collectives (which DTensor and in-place calls end in as well) and the wait after each.
 
     The bits of a reduction are those of our own (float32 in rank order), with and without fusion.
     """
-    x = n.args[0]
-    if x.meta["val"].dim() == 0:
-        return missed(f"{n.name} moves a single number")
+    name, x = _functional(n), n.args[0]
+    if name not in _ADOPTED or n.target.namespace == "c10d_functional":  # the last was PyTorch 2.1's, with other arguments
+        return missed(f"{n.target} is not one of {', '.join(_ADOPTED)} of _c10d_functional", avoidable=False)
+    if val(x).dim() == 0:
+        return missed(f"{n.name} moves a single number", avoidable=False)
     group = compat.group_name(n.args[-1])
-    reduces = not _functional(n, "all_gather_into_tensor")
+    reduces = name != "all_gather_into_tensor"
     if reduces and n.args[1] != "sum":
         return missed(f"{n.name} reduces by {n.args[1]!r}, not by 'sum'")
+    if reduces and not val(x).dtype.is_floating_point:
+        return missed(f"{n.name} sums {val(x).dtype}, and sums are made in float32", avoidable=False)
     with n.graph.inserting_before(n):
         if not reduces:
             [new] = call(n.graph, all_gather, [x], group)
         else:
-            new = call(n.graph, all_reduce if _functional(n, "all_reduce") else reduce_scatter, x, group)
-    for wait in [u for u in n.users if _functional(u, "wait_tensor")]:
+            new = call(n.graph, all_reduce if name == "all_reduce" else reduce_scatter, x, group)
+    for wait in [u for u in n.users if _functional(u) == "wait_tensor"]:
         replace(wait, new)
         n.graph.erase_node(wait)
     replace(n, new)
@@ -102,11 +183,14 @@ def adopt_functional_collective(n: fx.Node) -> Verdict | None:
 @rule(lambda n: is_aten(n, "copy"))
 def drop_copy(n: fx.Node) -> Verdict | None:
     """The functional `copy(dst, src)` that an in-place collective leaves behind is `src`, if nothing is converted."""
-    dst, src = n.args[:2]
-    a, b = val(dst), val(src)
-    if a.dtype == b.dtype and a.device == b.device and compat.same_shape(a, b):
-        replace(n, src)
+    a, b = (val(x) for x in n.args[:2])
+    strides = all(compat.known_true(i == j) for i, j in zip(a.stride(), b.stride(), strict=False))
+    if a.dtype == b.dtype and a.device == b.device and compat.same_shape(a, b) and strides:
+        replace(n, n.args[1])
     return None
+
+
+# --- matmuls
 
 
 @rule(lambda n: is_aten(n, "mm", "addmm"))
@@ -117,26 +201,42 @@ def adopt_matmul(n: fx.Node) -> Verdict | None:
         return None
     if not val(x).dtype.is_floating_point or val(x).dtype.itemsize == 1 or val(n).dtype != val(x).dtype:
         return None
-    w = transposed(wt)
     with n.graph.inserting_before(n):
-        replace(n, call(n.graph, matmul, [x], [], [w], bias, "bf16", val(x).dtype))
+        replace(n, call(n.graph, matmul, [x], [], [transposed(wt)], bias, "bf16", val(x).dtype))
     return None
 
 
 def _scaled_mm(self, mat2, scale_a, scale_b, bias, scale_result, out_dtype, use_fast_accum) -> tuple | None:
-    """aten._scaled_mm with one scale a tensor, or one a row of each side. mat2 is (k, n), scale_b (1, n) or scalar."""
-    if scale_result is not None or val(self).dtype != torch.float8_e4m3fn or val(mat2).dtype != torch.float8_e4m3fn:
+    """aten._scaled_mm with one scale a tensor, or one a row of each side; mat2 is (k, n).
+
+    Where the backend `aten` runs, the bits are those of the call, but for use_fast_accum, which we never use.
+    """
+    if {val(self).dtype, val(mat2).dtype} != {torch.float8_e4m3fn} or scale_result is not None:
+        return None
+    if out_dtype is None or out_dtype.itemsize < 2:  # None is the dtype of `self`
         return None
     a, b = val(scale_a), val(scale_b)
-    dtype = out_dtype or torch.bfloat16
-    if a.numel() == 1 and b.numel() == 1 and a.dim() == b.dim() == 0:
-        return [self], [scale_a], [transposed(mat2), scale_b], bias, "fp8_tensor", dtype
-    if a.dim() == 2 and b.dim() == 2 and a.shape[1] == 1 and b.shape[0] == 1 and compat.known_true(a.shape[0] == val(self).shape[0]):
-        return [self, scale_a], [], [transposed(mat2), transposed(scale_b)], bias, "fp8_token", dtype
+    if a.dtype != torch.float32 or b.dtype != torch.float32:
+        return None
+    if compat.known_true(a.numel() == 1) and compat.known_true(b.numel() == 1):
+        return [self], [scalar(scale_a)], [transposed(mat2), scalar(scale_b)], bias, "fp8_tensor", out_dtype
+    rows, columns = (val(self).shape[0], 1), (1, val(mat2).shape[1])
+    if all(t.dim() == 2 and all(compat.known_true(i == j) for i, j in zip(t.shape, shape, strict=True))
+           for t, shape in ((a, rows), (b, columns))):
+        return [self, scale_a], [], [transposed(mat2), transposed(scale_b)], bias, "fp8_token", out_dtype
     return None
 
 
+def _scaled_mm_v2(self, mat2, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out_dtype, contraction_dim,
+                  use_fast_accum) -> tuple | None:
+    """F.scaled_mm: TensorWise and RowWise are `_scaled_mm`'s two cases, and shapes tell them apart."""
+    if list(recipe_a) != list(recipe_b) or list(recipe_a) not in ([0], [1]) or any([*swizzle_a, *swizzle_b, *contraction_dim]):
+        return None
+    return _scaled_mm(self, mat2, scale_a[0], scale_b[0], bias, None, out_dtype, use_fast_accum)
+
+
 adopt(aten._scaled_mm.default, matmul, _scaled_mm)
+adopt(aten._scaled_mm_v2.default, matmul, _scaled_mm_v2)
 
 
 # --- RMSNorm by hand
@@ -239,4 +339,5 @@ def adopt_add_rms_norm(n: fx.Node) -> Verdict | None:
     return None
 
 
-rules = [adopt_functional_collective, drop_copy, adopt_registered, adopt_matmul, adopt_rms_norm, adopt_add_rms_norm]
+rules = [adopt_functional_collective, drop_copy, drop_whole_slices, adopt_registered, cancel_dtype_views, adopt_matmul,
+         adopt_rms_norm, adopt_add_rms_norm]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from .. import backends  # noqa: F401  (registers them)
 from ..op import op_of
 from .rewrite import val
 

@@ -23,6 +23,11 @@ CASTS = ("_to_copy", "convert_element_type", "clone")
 REDUCTIONS = ("mean", "sum", "amax", "amin")
 
 
+def _is_view(n: Any) -> bool:
+    """Another shape of the same elements. `view.dtype`, the same bytes as other elements, is none of these."""
+    return is_aten(n, *VIEWS) and n.target is not aten.view.dtype
+
+
 def _tensors(n: fx.Node) -> list[fx.Node]:
     return [a for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
 
@@ -61,9 +66,11 @@ def token_args(n: fx.Node) -> list[fx.Node] | None:
         return cut
     if _reduces_other_dims(n, 1):
         return [n.args[0]]
+    if n.target is aten.view.dtype and out.dim() > 1:
+        return [n.args[0]]
     if is_aten(n, "slice") and len(n.args) > 1 and n.args[1] % val(n.args[0]).dim() != 0:
         return [n.args[0]]
-    if is_aten(n, *VIEWS) and val(n.args[0]).dim() > 0 and compat.known_true(val(n.args[0]).shape[0] == out.shape[0]) \
+    if _is_view(n) and val(n.args[0]).dim() > 0 and compat.known_true(val(n.args[0]).shape[0] == out.shape[0]) \
             and sum(d == -1 for d in n.args[1][1:]) == 0 and all(compat.known_true(d != 0) for d in out.shape[1:]):
         return [n.args[0]]
     return None
@@ -72,7 +79,7 @@ def token_args(n: fx.Node) -> list[fx.Node] | None:
 def local_args(n: fx.Node, swap: dict[fx.Node, fx.Node]) -> tuple:
     """`n`'s arguments for this rank's tokens: token arguments swapped, the token count in a view left to torch."""
     args = fx.map_arg(n.args, lambda a: swap.get(a, a))
-    if is_aten(n, *VIEWS):
+    if _is_view(n):
         args = (args[0], [-1, *args[1][1:]])
     return args
 
@@ -82,7 +89,7 @@ def local_args(n: fx.Node, swap: dict[fx.Node, fx.Node]) -> tuple:
 
 def _unflattened(n: Any) -> fx.Node | None:
     """The (tokens, hidden) tensor of which `n` is a (batch, sequence, hidden) view."""
-    if not is_aten(n, *VIEWS):
+    if not _is_view(n):
         return None
     x, out = val(n.args[0]), val(n)
     return n.args[0] if x.dim() == 2 and out.dim() > 2 and compat.known_true(x.shape[-1] == out.shape[-1]) else None
@@ -172,11 +179,11 @@ def _size(graph: fx.Graph, x: fx.Node, dim: int) -> Any:
     return size if isinstance(size, int) else call(graph, aten.sym_size.int, x, dim)
 
 
-@rule(lambda n: is_aten(n, *VIEWS))
+@rule(lambda n: _is_view(n))
 def cancel_views(n: fx.Node) -> Verdict | None:
     """(tokens, h) viewed as (batch, sequence, h) and back is the tensor itself; so is a view to its own shape."""
     x = n.args[0]
-    while is_aten(x, *VIEWS):
+    while _is_view(x):
         x = x.args[0]
     if compat.same_shape(val(x), val(n)) and val(x).is_contiguous():
         replace(n, x)
