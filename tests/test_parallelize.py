@@ -126,38 +126,18 @@ def test_biases_of_row_parallel_layers_are_added_once(ranks):
     assert torch.equal(biases[0], model.model.layers[0].mlp.down_proj.bias) and not any(b.any() for b in biases[1:])
 
 
-class Oracle(nn.Module):
-    """A linear that computes in one piece what the ranks' quantized shards compute together."""
-
-    def __init__(self, shards: list[ShardedLinear]):
-        super().__init__()
-        self.shards = [shards]  # in a list, so that they are not this module's own
-
-    def forward(self, x):
-        f = formats.get(self.shards[0][0].fmt)
-        out = []
-        for s in self.shards[0]:
-            part = x.reshape(-1, x.shape[-1])[:, s.cols.start:s.cols.stop]
-            params = f.params_from_amax(part.abs().amax().float()) if f.params else []
-            y = f.dequantize(f.quantize(part, params), params) @ f.dequantize_weight(s.weights()).t()
-            out.append(y if s.bias is None else y + s.bias)
-        y = sum(out) if isinstance(self.shards[0][0], RowParallelLinear) else torch.cat(out, 1)
-        return y.view(*x.shape[:-1], -1)
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 @pytest.mark.parametrize("fmt", QUANTIZED)
 def test_quantized_equals_a_fake_quantized_whole_model(ranks, fmt, family):
     model, ids = tiny.model(family, heads=4, kv_heads=2, **BLOCKS), tiny.ids()
     group = ranks(2)
     shards = sharded(group, model, fmt)
-    oracle = copy.deepcopy(model)
+    oracle = tiny.fake_quantized(model, shards)
     for name, module in shards[0].named_modules():
         if isinstance(module, ShardedLinear):
             assert module.fmt == fmt
             pieces = [s.get_submodule(name) for s in shards]
-            oracle.set_submodule(name, Oracle(pieces))
-            x = torch.randn(5, oracle.get_submodule(name).shards[0][-1].cols.stop, generator=torch.Generator().manual_seed(3))
+            x = torch.randn(5, module.whole_shape[1], generator=torch.Generator().manual_seed(3))
             got = simulate(group, lambda r, x=x, p=pieces: p[r](x[:, p[r].cols.start:p[r].cols.stop]))
             got = got[0] if isinstance(module, RowParallelLinear) else torch.cat(got, 1)
             torch.testing.assert_close(got, oracle.get_submodule(name)(x), rtol=1e-5, atol=1e-5)

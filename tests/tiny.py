@@ -1,8 +1,14 @@
 """Tiny random Hugging Face decoders, two layers each, by family name."""
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fusewire import formats
+from fusewire.models.layers import RowParallelLinear, ShardedLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 VOCAB = 101  # divides by nothing
@@ -35,3 +41,33 @@ def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, device
 def ids(batch: int = 2, length: int = 12, vocab: int = VOCAB, seed: int = 1) -> torch.Tensor:
     """(batch, length) random token ids."""
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class FakeQuantized(nn.Module):
+    """A linear that computes in one piece what the ranks' quantized shards of it compute together (heads must divide)."""
+
+    def __init__(self, shards: list[ShardedLinear]):
+        super().__init__()
+        self.shards = [shards]  # in a list, so that they are not this module's own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (shards,), out = self.shards, []
+        f = formats.get(shards[0].fmt)
+        for s in shards:
+            part = x.reshape(-1, x.shape[-1])[:, s.cols.start:s.cols.stop]
+            params = [getattr(s, name) for name in s.param_names]
+            if params and params[0] is None:
+                params = f.params_from_amax(part.abs().amax().float())
+            y = f.dequantize(f.quantize(part, params), params) @ f.dequantize_weight(s.weights()).t()
+            out.append(y if s.bias is None else y + s.bias)
+        y = sum(out) if isinstance(shards[0], RowParallelLinear) else torch.cat(out, 1)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def fake_quantized(model: PreTrainedModel, shards: list[nn.Module]) -> PreTrainedModel:
+    """A copy of the whole model with the shards' weights and quantization in its linear layers: the oracle for their logits."""
+    oracle = copy.deepcopy(model)
+    for name, module in shards[0].named_modules():
+        if isinstance(module, ShardedLinear):
+            oracle.set_submodule(name, FakeQuantized([s.get_submodule(name) for s in shards]))
+    return oracle

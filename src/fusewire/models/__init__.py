@@ -1,5 +1,6 @@
 """Hugging Face decoders as tensor-parallel, quantized shards."""
+from .checkpoint import load
 from .inputs import check_token_ids
 from .parallelize import parallelize, static_cache
 
-__all__ = ["check_token_ids", "parallelize", "static_cache"]
+__all__ = ["check_token_ids", "load", "parallelize", "static_cache"]

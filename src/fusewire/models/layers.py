@@ -20,8 +20,8 @@ class ShardedLinear(nn.Module):
     """The part (rows, cols) of a weight (n, k), held in a format.
 
     Buffers: `weight_<part>` for each weight part and weight param of the format, `bias` (rows.size,) or None, and, when the
-    activation's params are static, `input_<param>`, float32 scalars. `like` gives device, dtype and kind (real, meta, fake)
-    of what is made here; nothing is initialised.
+    activation's params are static, `input_<param>`, float32 scalars. `like`, the whole
+    weight, gives device, dtype and kind (real, meta, fake) of what is made here; nothing is initialised.
     """
 
     def __init__(self, name: str, rows: Slice, cols: Slice, fmt: str, group: str, like: Tensor, has_bias: bool):
@@ -31,6 +31,7 @@ class ShardedLinear(nn.Module):
             raise FormatError(f"{name}.weight: {fmt} needs a multiple of {f.k_multiple} input features on every rank and this rank "
                               f"would have {cols.size}; use another number of ranks or another quantization")
         self.rows, self.cols, self.fmt, self.group = rows, cols, fmt, group
+        self.whole_shape, self.dtype = tuple(like.shape), like.dtype
         shape = rows.size, cols.size
         for part in f.weight_parts:
             dtype = like.dtype if fmt == "bf16" else part.dtype
@@ -57,6 +58,11 @@ class ShardedLinear(nn.Module):
 
     def set_bias(self, bias: Tensor) -> None:
         self.bias = bias
+
+    def set_params(self, params: list[Tensor]) -> None:
+        """Take static params for the activation: float32 scalars."""
+        for name, param in zip(self.param_names, params, strict=True):
+            setattr(self, name, param)
 
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.weight_names]
@@ -100,14 +106,14 @@ class GatheredLinear(nn.Module):
     def __init__(self, rows: Slice, n: int, k: int, group: str, weight: nn.Parameter, bias: Tensor | None):
         super().__init__()
         self.rows, self.cols, self.n, self.group = rows, whole(k), n, group
+        self.world_size = world_size(group)  # torch.compile cannot look a process group up by name
         self.weight = weight
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         lead = x.shape[:-1]
         y = matmul([x.reshape(-1, x.shape[-1])], [], [self.weight], self.bias, "bf16", x.dtype)
-        w = world_size(self.group)
-        y = all_gather([y], self.group)[0].view(w, -1, y.shape[-1]).permute(1, 0, 2)
+        y = all_gather([y], self.group)[0].view(self.world_size, -1, y.shape[-1]).permute(1, 0, 2)
         return y.reshape(*lead, -1)[..., :self.n]
 
 
@@ -117,9 +123,9 @@ class VocabParallelEmbedding(nn.Module):
     Only one rank contributes more than zeros, so the sum is exact. An id outside the vocabulary gives zeros.
     """
 
-    def __init__(self, rows: Slice, hidden: int, group: str, weight: nn.Parameter, first_row: Tensor, scale: Tensor | None):
+    def __init__(self, rows: Slice, n: int, hidden: int, group: str, weight: nn.Parameter, first_row: Tensor, scale: Tensor | None):
         super().__init__()
-        self.rows, self.cols, self.group = rows, whole(hidden), group
+        self.rows, self.cols, self.n, self.group = rows, whole(hidden), n, group
         self.weight = weight
         self.register_buffer("first_row", first_row)
         self.register_buffer("embed_scale", scale)

@@ -186,7 +186,7 @@ def _embeddings(model: nn.Module, group: Group) -> set[str]:
     weight = nn.Parameter(_cut_rows(old.weight, rows), False)
     first_row = torch.tensor(rows.start, device=old.weight.device)
     scale = scale if scale is None or isinstance(scale, Tensor) else torch.tensor(scale, device=old.weight.device)
-    new = VocabParallelEmbedding(rows, old.embedding_dim, group.name, weight, first_row, scale)
+    new = VocabParallelEmbedding(rows, old.num_embeddings, old.embedding_dim, group.name, weight, first_row, scale)
     model.set_submodule(names[id(old)], new)
     if head is None:
         return {names[id(old)]}
@@ -214,7 +214,8 @@ def _spelling(module: nn.Module, eps: float) -> tuple[float, bool] | None:
     """The (offset, cast_first) with which our rms_norm equals this module's forward, bit for bit in bf16; None if there is none."""
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(0)
-        weight, *xs = (scale * torch.randn(*lead, module.weight.shape[0], generator=generator, device="cpu").bfloat16()
+        width = min(module.weight.shape[0], 1 << 16)  # whatever a broken config says
+        weight, *xs = (scale * torch.randn(*lead, width, generator=generator, device="cpu").bfloat16()
                        for lead, scale in (((), 1), ((16,), 1), ((16,), 1e-3)))  # small inputs show what eps does
         probe = type(module).__new__(type(module))
         probe.__dict__ = {**module.__dict__, "_parameters": {"weight": nn.Parameter(weight, False)}}

@@ -72,3 +72,19 @@ def cut(x: Tensor, *dims: Slice) -> Tensor:
 def has_data(x: Tensor) -> bool:
     """False for meta and fake tensors: only their shapes exist."""
     return not x.is_meta and type(x.detach()) is torch.Tensor
+
+
+def blocks(s: Slice, block: int) -> Slice | None:
+    """The slice of a scale dimension, where one element stands for `block` elements (0: for all) of the dimension that `s` cuts.
+
+    None if `s` starts inside a block and goes on past its end: then no scale fits a local block.
+    """
+    if block == 1:
+        return s
+    if block == 0:
+        return whole(1)
+    size = -(-s.size // block)
+    if s.start == s.stop:
+        return Slice(0, 0, size)
+    first, last = s.start // block, (s.stop - 1) // block
+    return Slice(first, last + 1, size) if s.start % block == 0 or first == last else None
