@@ -17,11 +17,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ class RankContext:
     world_size: int
     local_rank: int
     device: torch.device
-    phase: Callable[[str], None]
+    phase: Callable[[str], object]
 
 
 @dataclass
@@ -57,12 +58,12 @@ class _Rank:
 
     process: BaseProcess
     line: connection.Connection
-    report: dict | None = None  # how it ended: done, refused (a FusewireError), failed (any other exception) or died
+    report: dict = field(default_factory=dict)  # how it ended: done, refused (a FusewireError), failed (any other exception) or died
     stopped: bool = False  # by SIGSTOP or a debugger, when another rank gave up waiting
 
     @property
     def failed(self) -> bool:
-        return self.report is not None and self.report["how"] != "done"
+        return bool(self.report) and self.report["how"] != "done"
 
 
 def launch(main: Callable[..., object], world_size: int, *args: object, timeout_s: float = 600.0) -> int:
@@ -83,7 +84,7 @@ def launch(main: Callable[..., object], world_size: int, *args: object, timeout_
         importlib.import_module(module)
     # Fork is safe here: modules were imported, but nothing was computed, so no OpenMP or autograd thread exists whose
     # locks a child could inherit, and no CUDA context, which cannot be forked; a process that has one spawns its ranks.
-    ctx = multiprocessing.get_context("spawn" if _cuda_started() else "fork")
+    ctx: Any = multiprocessing.get_context("spawn" if _cuda_started() else "fork")
     with _folder() as folder, _signals() as received:
         status = _status(folder, world_size)
         ranks: list[_Rank] = []
@@ -165,10 +166,10 @@ def _join_torchrun(main: Callable[..., object], world_size: int, args: tuple, ti
 
 def _first_to_say(text: str, rank: int) -> bool:
     """Whether no other rank under torchrun prints this sentence; before the ranks have met it is rank 0 that speaks."""
-    if not dist.is_initialized():
+    if (pg := dist.group.WORLD) is None:
         return rank == 0
     try:
-        return compat.process_group_store(dist.group.WORLD).add(f"fusewire/said/{text}", 1) == 1
+        return compat.process_group_store(pg).add(f"fusewire/said/{text}", 1) == 1
     except dist.DistError:  # the process that kept the store is gone: better said twice than not at all
         return True
 
@@ -182,8 +183,8 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _init(device: torch.device, timeout_s: float, **how: object) -> None:
-    cuda = {"device_id": device} if device.type == "cuda" else {}
+def _init(device: torch.device, timeout_s: float, **how: Any) -> None:
+    cuda: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **cuda, **how)
 
@@ -261,7 +262,7 @@ def _watch(ranks: list[_Rank], received: list[int]) -> None:
             first = first or time.monotonic()
             if time.monotonic() > first + (_SILENCE_S if all(r.report["follows"] for r in failed) else _REPORTS_S):
                 for r in ranks:
-                    r.stopped = r.report is None and _is_stopped(r.process.pid)
+                    r.stopped = not r.report and _is_stopped(r.process.pid)
                 return
         quiet = [r for r in ranks if not r.report]
         connection.wait([r.line for r in quiet] + [r.process.sentinel for r in quiet], timeout=0.05 if failed else _POLL_S)
@@ -284,7 +285,7 @@ def _hear(r: _Rank) -> None:
 
 def _end(ranks: list[_Rank]) -> None:
     """Every rank is gone when this returns: by itself when all are done, else by SIGTERM and, after a grace, SIGKILL."""
-    done = [r.report is not None and r.report["how"] == "done" for r in ranks]
+    done = [bool(r.report) and not r.failed for r in ranks]
     for r in ranks:
         if all(done):
             with suppress(BrokenPipeError):  # killed after its work was done: nothing is lost
@@ -335,7 +336,7 @@ def _blame(ranks: list[_Rank], failed: list[int]) -> list[int]:
 
 
 def _sentence(r: _Rank, rank: int, doing: str) -> str:
-    if r.report is None:
+    if not r.report:
         what = "was stopped" if r.stopped else "did not answer"
     elif r.report["how"] == "failed":
         what = f"failed with {r.report['error']}"
@@ -350,7 +351,7 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
-def _is_stopped(pid: int) -> bool:
+def _is_stopped(pid: int | None) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
 
 
