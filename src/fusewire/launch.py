@@ -58,7 +58,7 @@ class _Rank:
 
     process: BaseProcess
     line: connection.Connection
-    report: dict = field(default_factory=dict)  # how it ended: done, refused (a FusewireError), failed (any other exception) or died
+    report: dict = field(default_factory=dict)  # how it ended: done, refused (a FusewireError), failed (another exception) or died
     stopped: bool = False  # by SIGSTOP or a debugger, when another rank gave up waiting
 
     @property
