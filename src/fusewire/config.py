@@ -24,8 +24,12 @@ class Bounds:
 class Link:
     """The wire between two ranks, for the cost model that decides where nothing was measured."""
 
-    latency_s: float = 10e-6
-    bytes_per_s: float = 300e9
+    latency_s: float
+    bytes_per_s: float
+
+
+GLOO = Link(1.5e-3, 350e6)  # processes of one machine over loopback: 1-2 ms a message, 2-4 ms a MiB
+NVLINK = Link(12e-6, 390e9)  # H200: NCCL's smallest all-reduce, and the copy engine
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Config:
     rules    rule name -> the token counts it may run for; a rule that is not named runs for all
     plan     "auto" picks by token count; any other is forced (sharded still needs tokens that divide)
     codegen  "fx" runs the rewritten graph node by node, "inductor" compiles it
+    link     the wire that the cost model assumes; None: gloo's for tensors on the CPU, else NVLink's
     strict   raise StrictError if a site that some enabled rule should fuse is not fused
     """
 
@@ -42,7 +47,7 @@ class Config:
     plan: str = "auto"
     codegen: str = "fx"
     strict: bool = False
-    link: Link = Link()
+    link: Link | None = None
 
     def __post_init__(self) -> None:
         for what, value, known in (("codegen", self.codegen, CODEGENS), ("plan", self.plan, PLANS)):

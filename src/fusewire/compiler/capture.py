@@ -5,19 +5,26 @@ import functools
 import hashlib
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import compat
 from ..config import Config
+from ..consensus import agree, library_facts
 from ..errors import InputError
+from ..group import resolve
+from ..op import op_of
 from .plan import Capture, Plan, capture
 
 TOKEN_DIMS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": 1, "cache_position": 0}  # of a Hugging Face decoder
+
+
+class _Captured(Exception):
+    """Ends a call that was made for its capture alone."""
 
 
 @dataclass
@@ -27,8 +34,10 @@ class Compiled:
     model: Callable
     config: Config
     token_dims: dict[str, int]
+    capture_only: bool = False  # a call compiles and returns None
     captures: list[Capture] = field(default_factory=list)
-    last: tuple[Capture, int, Plan] | None = None  # what ran last: the capture, the token symbol's value, the plan
+    last: tuple[Capture, int] | None = None  # what ran last: the capture and the token symbol's value
+    used: Counter[tuple[int, int]] = field(default_factory=Counter)  # (index of the capture, the value) -> runs
 
     def __post_init__(self) -> None:
         self._run = torch.compile(self.model, backend=self._backend, fullgraph=True)
@@ -43,7 +52,10 @@ class Compiled:
             if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
                 torch._dynamo.mark_dynamic(t, dim)
         with torch.no_grad():
-            return self._run(*args, **kwargs)
+            try:
+                return self._run(*args, **kwargs)
+            except _Captured:
+                return None
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         return compat.compile_aten(gm, inputs, self._compile)
@@ -53,17 +65,32 @@ class Compiled:
         found = capture(gm, inputs, self.config)
         found.timings["total"] = time.perf_counter() - start
         self.captures.append(found)
+        index = len(self.captures) - 1
+        self._agree(found, index)
         if self.config.strict:
             from .explain import check_strict
 
             check_strict(found)
-        return compat.boxed(functools.partial(self._dispatch, found))
+        return compat.boxed(functools.partial(self._dispatch, found, index))
 
-    def _dispatch(self, found: Capture, inputs: list) -> Any:
+    def _agree(self, found: Capture, index: int) -> None:
+        """All ranks run the same graphs, or all say which differ: before the first collective that depends on it."""
+        nodes = [n for n in found.unfused.gm.graph.nodes if op_of(n) and "group" in op_of(n).params]
+        facts = {"sizes": str(found.tokens(1)), "codegen": self.config.codegen, "plan": self.config.plan}
+        for r in found.ranges:
+            for name, plan in r.plans.items():
+                facts[f"{name} graph from {r.first} tokens"] = hashlib.sha256(plan.gm.code.encode()).hexdigest()[:16]
+        for name in sorted({n.args[op_of(n).params.index("group")] for n in nodes}):
+            agree(resolve(name), f"graph {index}", facts)
+
+    def _dispatch(self, found: Capture, index: int, inputs: list) -> Any:
+        if self.capture_only:
+            raise _Captured
         # Outside both graphs, on real sizes: decided on the captured fake values it would be a guard of both plans.
         size = found.size_of(inputs)
         plan = found.choose(size)
-        self.last = found, size, plan
+        self.last = found, size
+        self.used[index, size] += 1
         if plan.call is None:
             plan.call = self._code(plan)
         return plan.call(inputs)
@@ -80,21 +107,9 @@ def cache_tag(plan: Plan, config: Config) -> str:
 
     Our graphs look ranks up when they run, so equal graphs are equal programs; the tag guards whatever else is in them.
     """
-    from ..group import resolve
-    from ..op import op_of
-
     names = {a for n in plan.gm.graph.nodes if (o := op_of(n)) and "group" in o.params for a in [n.args[o.params.index("group")]]}
     groups = [(name, (g := resolve(name)).rank(), g.world_size) for name in sorted(names)]
-    return f"fusewire {groups} {plan.name} {sorted(config.rules.items())} {source_hash()}"
-
-
-@functools.cache
-def source_hash() -> str:
-    """A hash of Fusewire's own Python sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return f"fusewire {groups} {plan.name} {sorted(config.rules.items())} {library_facts()}"
 
 
 def compile(model: Callable, config: Config | None = None, token_dims: dict[str, int] | None = None) -> Compiled:

@@ -1,14 +1,17 @@
 """What was fused, what was not, and why: the report of a compiled model."""
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import fx
 
+from ..config import Link
 from ..errors import InputError, StrictError
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter
+from .cost import seconds
 from .plan import Capture, Plan, Site
 from .rewrite import Verdict
 
@@ -21,7 +24,7 @@ class SiteReport:
 
     verdict    "fused" or "missed"; a site is fused when none of its halves is left on its own beside a matmul
     avoidable  a miss that the user's choices or the graph caused, not the lack of a matmul to fuse with
-    sent       bytes a rank sends for it, before and after, ring-equivalent
+    sent       bytes a rank sends for it, before and after, ring-equivalent; in so many messages after
     backend    who runs what it became, and why each backend tried earlier was refused
     """
 
@@ -32,6 +35,7 @@ class SiteReport:
     avoidable: bool
     sent_before: int
     sent_after: int
+    messages: int
     backend: str
     refused: tuple[str, ...]
 
@@ -44,8 +48,6 @@ class Report:
     why: str
     tokens: int
     sites: tuple[SiteReport, ...]
-    messages_before: int
-    messages_after: int
     timings: dict[str, float]
 
     @property
@@ -55,6 +57,10 @@ class Report:
     @property
     def sent_after(self) -> int:
         return sum(s.sent_after for s in self.sites)
+
+    @property
+    def messages(self) -> int:
+        return sum(s.messages for s in self.sites)
 
     @property
     def fused(self) -> int:
@@ -92,11 +98,25 @@ def report(found: Capture, size: int, plan: Plan | None = None) -> Report:
     plan = plan or chosen
     why = _why(found, size, plan, chosen)
     before, after = _by_site(found.unfused, size), _by_site(plan, size)
+    text = _Numbers(plan, size)
     rows = []
     for s in found.sites:
         row = _site(found, plan, s, size)
-        rows.append(replace(row, sent_before=before.get(s.index, 0), sent_after=after.get(s.index, 0)))
-    return Report(plan.name, why, found.tokens(size), tuple(rows), found.unfused.sent(size)[1], plan.sent(size)[1], found.timings)
+        row = replace(row, why=text.sub(row.why))
+        sent, messages = after.get(s.index, (0, 0))
+        rows.append(replace(row, sent_before=before.get(s.index, (0, 0))[0], sent_after=sent, messages=messages))
+    return Report(plan.name, why, found.tokens(size), tuple(rows), found.timings)
+
+
+class _Numbers:
+    """Puts the numbers of one run into a sentence about symbolic shapes: "2*s5" becomes "4096"."""
+
+    def __init__(self, plan: Plan, size: int):
+        self.pattern = re.compile(rf"(?:(\d+)\*)?\b{plan.symbol}\b") if plan.symbol is not None else None
+        self.value = size // plan.multiple
+
+    def sub(self, text: str) -> str:
+        return self.pattern.sub(lambda m: str(int(m[1] or 1) * self.value), text) if self.pattern else text
 
 
 def _why(found: Capture, size: int, plan: Plan, chosen: Plan) -> str:
@@ -106,17 +126,23 @@ def _why(found: Capture, size: int, plan: Plan, chosen: Plan) -> str:
         return why
     if found.config.plan != "auto":
         return f"plan={found.config.plan} was asked for"
-    costs = {p.name: p.sent(size) for p in found.range_of(size).plans.values()}
-    return "cost model: " + ", ".join(f"{name} sends {sent} bytes in {messages} messages" for name, (sent, messages) in costs.items())
+    return costs_sentence({p.name: p.sent(size) for p in found.range_of(size).plans.values()}, found.link)
 
 
-def _by_site(plan: Plan, size: int) -> dict[int, int]:
-    """Site -> bytes; what several sites share counts for the newest."""
-    sent: dict[int, int] = {}
-    for n, nbytes, _ in plan.wire(size):
+def costs_sentence(costs: dict[str, tuple[int, int]], link: Link) -> str:
+    """Why the cost model prefers a plan; plan name -> (bytes, messages)."""
+    each = (f"{name} {seconds(sent, n, link) * 1e6:.0f} us for {sent} bytes in {n} messages" for name, (sent, n) in costs.items())
+    return "nothing was measured here; the cost model says " + ", ".join(each)
+
+
+def _by_site(plan: Plan, size: int) -> dict[int, tuple[int, int]]:
+    """Site -> (bytes, messages); what several sites share counts for the newest."""
+    found: dict[int, tuple[int, int]] = {}
+    for n, nbytes, messages in plan.wire(size):
         site = max(n.meta.get("sites", ()), default=-1)
-        sent[site] = sent.get(site, 0) + nbytes
-    return sent
+        sent, before = found.get(site, (0, 0))
+        found[site] = sent + nbytes, before + messages
+    return found
 
 
 def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
@@ -134,7 +160,7 @@ def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
     fusions = list(dict.fromkeys(v.why for v in verdicts if v.kind == "fused" and v.rule in FUSING))
     why = "; ".join([*(f"into {f}" for f in fusions), *whys]) or "nothing of it is left"
     runs = made or nodes
-    return SiteReport(site.module, site.what, "missed" if missed else "fused", why, avoidable, 0, 0,
+    return SiteReport(site.module, site.what, "missed" if missed else "fused", why, avoidable, 0, 0, 0,
                       ", ".join(dict.fromkeys(f"{op_of(n).name}.{n.meta['backend']}" for n in runs)),
                       tuple(dict.fromkeys(r for n in runs for r in n.meta["refused"])))
 

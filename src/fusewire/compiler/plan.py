@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..config import Config
+from ..config import GLOO, NVLINK, Config, Link
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter, world_size
 from . import adopt, cost, tokens
@@ -92,6 +92,7 @@ class Capture:
     timings: dict[str, float]
     new_guards: list[str]
     config: Config
+    link: Link
     _chosen: dict[int, Plan] = field(default_factory=dict)
 
     def size_at(self, tokens: int | None) -> int | None:
@@ -131,7 +132,7 @@ class Capture:
             return plans["replicated"]
         if self.config.plan == "sharded":
             return plans["sharded"]
-        return min(plans.values(), key=lambda p: cost.seconds(*p.sent(size), self.config.link))
+        return min(plans.values(), key=lambda p: cost.seconds(*p.sent(size), self.link))
 
 
 def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
@@ -162,7 +163,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
     multiple = 1 if symbol is None else w // math.gcd(w, *(cost.at(c, symbol, 1) for c in counts))
 
     found = Capture(sites, Plan("unfused", base, verdicts, symbol), [], lambda size: cost.at(count, symbol, size), size_of,
-                    timings, [], config)
+                    timings, [], config, config.link or link_of(inputs))
     for first, off in ranges(config, None if symbol is not None else int(count)):
         r = Range(first)
         found.ranges.append(r)
@@ -214,6 +215,11 @@ def module_of(n: fx.Node) -> str:
     stack = n.meta.get("nn_module_stack") or {}
     names = [entry[0] for entry in stack.values()]
     return compat.module_name(names[-1]) if names else ""
+
+
+def link_of(inputs: list) -> Link:
+    """The wire between ranks that hold such tensors, by device."""
+    return GLOO if any(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in inputs) else NVLINK
 
 
 def reader(inputs: list, symbol: Any) -> Callable[[list], int]:

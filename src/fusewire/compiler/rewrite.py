@@ -123,16 +123,26 @@ def sites_of(*nodes: fx.Node) -> tuple[int, ...]:
 
 
 def describe(nodes: list[fx.Node]) -> str:
-    """What the nodes are, in a reader's words."""
-    what = []
-    for n in nodes:
-        if n.op == "output":
+    """What the nodes are, in a reader's words; a view is what it feeds."""
+    what: list[str] = []
+    queue, seen = list(nodes), set()
+    while queue:
+        n = queue.pop(0)
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.target is operator.getitem or is_aten(n, "view", "reshape", "_unsafe_view"):
+            queue.extend(sorted(n.users))
+        elif n.op == "output":
             what.append("the model's output")
+        elif n.op == "placeholder":
+            what.append("an input of the model")
         elif op_of(n):
             what.append(op_of(n).name)
         else:
-            rows = f" (which keeps shape {[str(s) for s in val(n).shape]})" if hasattr(n.meta.get("val"), "shape") else ""
-            what.append(f"{getattr(n.target, '_opname', n.target)}{rows}")
+            v = n.meta.get("val")
+            shape = f" of shape ({', '.join(str(s) for s in v.shape)})" if isinstance(v, torch.Tensor) else ""
+            what.append(f"{getattr(n.target, '_opname', n.target)}{shape}")
     return ", ".join(dict.fromkeys(what)) or "nothing"
 
 

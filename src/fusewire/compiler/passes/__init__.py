@@ -2,7 +2,7 @@
 from . import all_reduce_norm, async_tp, sequence_parallel
 
 PLANS = {
-    "replicated": (all_reduce_norm.rules,),
+    "replicated": (all_reduce_norm.rules, async_tp.rules),
     "sharded": (sequence_parallel.rules, async_tp.rules),
 }
 RULES = {r.name: r for passes in PLANS.values() for rules in passes for r in rules}

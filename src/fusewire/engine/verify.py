@@ -1,0 +1,111 @@
+"""Fused against unfused: logits, greedy tokens, perplexity."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler.capture import Compiled, compile
+from ..config import Config
+from ..errors import InputError
+from .session import Session, run_text
+
+CHUNK = 512  # tokens of a text that are read at once
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One plan against the unfused graph, with the same code generation.
+
+    texts         how many pieces of text were read, and with how many tokens in all
+    changed       logits whose bits differ, of `logits`
+    max_error     largest |logit difference| over the largest |unfused logit|
+    tokens_equal  greedy continuations
+    accepted      plain FX: every bit equal; Inductor, which rounds elsewhere: greedy tokens equal and the perplexity within 1 %
+    """
+
+    plan: str
+    codegen: str
+    texts: int
+    tokens: int
+    changed: int
+    logits: int
+    max_error: float
+    tokens_equal: bool
+    perplexity: float
+    perplexity_unfused: float
+
+    @property
+    def accepted(self) -> bool:
+        if self.codegen == "fx":
+            return self.changed == 0 and self.tokens_equal
+        close = math.isnan(self.perplexity_unfused) or abs(self.perplexity / self.perplexity_unfused - 1) < 0.01
+        return self.tokens_equal and close
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "accepted": self.accepted}
+
+    def sentence(self) -> str:
+        bits = (f"all {self.logits} logits bitwise equal" if self.changed == 0 else
+                f"{self.changed} of {self.logits} logits differ, by at most {self.max_error:.2e} of the largest")
+        ppl = "" if math.isnan(self.perplexity) else f"; perplexity {self.perplexity:.4f}, unfused {self.perplexity_unfused:.4f}"
+        return (f"{self.plan} against unfused ({self.codegen} code, {self.texts} texts, {self.tokens} tokens): {bits}; greedy tokens "
+                f"{'equal' if self.tokens_equal else 'DIFFER'}{ppl}")
+
+
+def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts: list[str],
+           phase: Callable[[str], None]) -> list[Verified]:
+    """Compare each plan that `config` allows with the unfused graph, on the texts (or else the prompt alone)."""
+    ids = session.encode(prompt)
+    batches = [piece for t in texts for piece in session.encode(t).split(CHUNK, 1)] or [ids]
+    if all(b.shape[1] < 2 for b in batches):
+        raise InputError("the text has a single token, and a perplexity needs two; give a longer one")
+    plans = ("replicated", "sharded") if config.plan == "auto" else (config.plan,)
+    phase("running the unfused model")
+    unfused_config = replace(config, plan="unfused", strict=False)
+    want_tokens = run_text(session, unfused_config, ids, max_tokens, phase).tokens
+    unfused = _compiled(session, unfused_config)
+    want = [_logits(unfused, b) for b in batches]
+    found = []
+    for plan in plans:
+        phase(f"running the {plan} plan")
+        chosen = replace(config, plan=plan)
+        tokens = run_text(session, chosen, ids, max_tokens, phase).tokens
+        fused = _compiled(session, chosen)
+        got = [_logits(fused, b) for b in batches]
+        changed = sum(int((~same_bits(a, b)).sum()) for a, b in zip(got, want, strict=True))
+        scale = max(float(b.float().abs().max()) for b in want)
+        worst = max(float((a.float() - b.float()).abs().max()) for a, b in zip(got, want, strict=True))
+        found.append(Verified(plan, config.codegen, len(batches), sum(b.shape[1] for b in batches), changed,
+                              sum(a.numel() for a in got), worst / scale if scale else worst, torch.equal(tokens, want_tokens),
+                              perplexity(got, batches), perplexity(want, batches)))
+    return found
+
+
+def _compiled(session: Session, config: Config) -> Compiled:
+    torch._dynamo.reset()
+    return compile(session.model, config)
+
+
+def _logits(compiled: Compiled, ids: Tensor) -> Tensor:
+    """(1, n) ids -> (1, n, vocab) logits."""
+    return compiled(input_ids=ids, use_cache=False).logits
+
+
+def perplexity(logits: list[Tensor], batches: list[Tensor]) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each (1, n) piece; NaN if there is none."""
+    total, count = 0.0, 0
+    for y, ids in zip(logits, batches, strict=True):
+        total += float(torch.nn.functional.cross_entropy(y[0, :-1].float(), ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    return math.exp(total / count) if count else math.nan
+
+
+def same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise: equal bits, NaNs included."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.contiguous().view(kind) == b.contiguous().view(kind)
