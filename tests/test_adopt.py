@@ -1,0 +1,323 @@
+"""Models that are tensor-parallel by other means: what `compile` makes of them, on real gloo ranks."""
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from dist import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from fusewire.compiler.capture import Compiled, compile
+from fusewire.config import Config
+from fusewire.op import op_of
+
+H, MID, VOCAB = 32, 64, 24
+E4M3 = torch.float8_e4m3fn
+
+
+# --- what is compared
+
+
+def by_plan(c: Compiled, plan: str, *args, **kwargs):
+    """Run a compiled model by one of its plans, without compiling it again."""
+    for found in c.captures:
+        found.config = Config(plan=plan)
+        found._chosen.clear()
+    return c(*args, **kwargs)
+
+
+def same_by_every_plan(c: Compiled, *args) -> torch.Tensor:
+    """Assert that the plans agree bit for bit; -> what they made."""
+    c(*args)  # compiles, if it has to
+    made = by_plan(c, "unfused", *args)
+    for plan in ("replicated", "sharded"):
+        assert torch.equal(by_plan(c, plan, *args), made), plan
+    return made
+
+
+def as_uncompiled(c: Compiled, *args, tolerance: float = 1e-5) -> None:
+    """Assert that the plans agree, and with the model itself."""
+    with torch.no_grad():
+        want = c.model(*args)
+    assert want.float().std() > 1e-2, "a test of nothing but zeros tests nothing"
+    torch.testing.assert_close(same_by_every_plan(c, *args), want, rtol=tolerance, atol=tolerance)
+
+
+def count(c: Compiled, plan: str) -> Counter:
+    """How often each op is called by a plan of the newest graph."""
+    found = c.captures[-1]
+    graph = (found.unfused if plan == "unfused" else found.ranges[0].plans[plan]).gm.graph
+    return Counter(o.name if (o := op_of(n)) else getattr(n.target, "_opname", str(n.target))
+                   for n in graph.nodes if n.op == "call_function")
+
+
+def foreign(c: Compiled) -> list[str]:
+    """The collectives that were not adopted."""
+    return [str(n.target) for n in c.captures[-1].unfused.gm.graph.nodes
+            if n.op == "call_function" and str(n.target).startswith(("_c10d_functional", "c10d_functional"))]
+
+
+def assert_fused(c: Compiled, layers: int) -> None:
+    """Every projection of every layer is fused with the collective beside it, in both plans; no guard was needed."""
+    assert not foreign(c)
+    assert c.captures[-1].new_guards == []
+    small, large = count(c, "replicated"), count(c, "sharded")
+    assert small["all_reduce"] == 0 and small["all_reduce_norm_quant"] == 2 * layers + 1, small
+    assert large["all_reduce"] == 0 and large["matmul_reduce_scatter"] == 2 * layers, large
+    assert large["all_gather_matmul"] == 2 * layers and large["all_gather"] == large["reduce_scatter"] == 1, large
+
+
+# --- models written by hand
+
+
+class Llama(nn.Module):
+    def __init__(self, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(1 + 0.2 * torch.randn(H)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Gemma(Llama):
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + self.eps)
+        return (y * (1.0 + self.weight.float())).type_as(x)
+
+
+class Functional(Llama):
+    def forward(self, x):
+        return F.rms_norm(x, (H,), self.weight, self.eps)
+
+
+class Torch(nn.Module):
+    def __init__(self, eps: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(H, eps)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    def __init__(self, norm, eps: float, bias: bool):
+        super().__init__()
+        self.n1, self.n2 = norm(eps), norm(eps)
+        self.q, self.k, self.v, self.o = (nn.Linear(H, H, bias=bias) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(H, MID, bias=bias), nn.Linear(H, MID, bias=bias), nn.Linear(MID, H, bias=bias)
+
+    def forward(self, x):
+        y = self.n1(x)
+        x = x + self.o(F.silu(self.q(y)) * self.k(y) + self.v(y))
+        y = self.n2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Model(nn.Module):
+    def __init__(self, norm=Llama, eps: float = 1e-6, bias: bool = False, layers: int = 1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, H)
+        self.layers = nn.ModuleList(Block(norm, eps, bias) for _ in range(layers))
+        self.norm = norm(eps)
+        self.requires_grad_(False)
+
+    def forward(self, ids):
+        return self.body(self.embed(ids))
+
+    def body(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+
+
+def tensor_parallel(model: Model, mesh) -> Model:
+    parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
+    for layer in model.layers:
+        parallelize_module(layer, mesh, {**{n: ColwiseParallel() for n in COLUMNS}, **{n: RowwiseParallel() for n in ROWS}})
+    return model
+
+
+def sequence_parallel(model: Model, mesh, dim: int) -> Model:
+    """PyTorch's plan with a sharded residual: every column-parallel linear gathers its own input."""
+    for layer in model.layers:
+        parallelize_module(layer, mesh, {**{n: ColwiseParallel(input_layouts=Shard(dim)) for n in COLUMNS},
+                                         **{n: RowwiseParallel(output_layouts=Shard(dim)) for n in ROWS}})
+    return model
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(3))
+
+
+# --- DTensor
+
+
+def _parallelize_module(rank, cases, layers):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for norm, eps, dtype, bias, three in cases:
+        torch._dynamo.reset()
+        model = tensor_parallel(Model(norm, eps, bias, layers).to(dtype), mesh)
+        c = compile(model, Config(), {"ids": 1 if three else 0})
+
+        def tokens(n: int, batch=(2,) if three else ()):
+            return ids(*batch, n)
+
+        as_uncompiled(c, tokens(16), tolerance=1e-5 if dtype == torch.float32 else 0.05)
+        for n in (4, 7, 32, 33, 64):
+            same_by_every_plan(c, tokens(n))
+        assert len(c.captures) == 1 and c.last[2].name == "sharded"
+        assert_fused(c, layers)
+        same_by_every_plan(c, tokens(1))
+        assert len(c.captures) == 2 and c.captures[1].new_guards == []
+
+
+CASES = [(Llama, 1e-6, torch.float32, False, False), (Gemma, 1e-5, torch.bfloat16, True, True),
+         (Functional, 0.001, torch.bfloat16, False, False), (Torch, 1e-6, torch.float32, True, True),
+         (Llama, 2e-5, torch.bfloat16, True, True)]
+
+
+@pytest.mark.dist
+def test_parallelize_module():
+    run_ranks(_parallelize_module, 2, CASES, 1)
+
+
+@pytest.mark.dist
+def test_parallelize_module_on_four_ranks():
+    run_ranks(_parallelize_module, 4, CASES[1:2], 1)
+
+
+def _sequence_parallel(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    for shape, dim, norm in (((8, H), 0, Llama), ((2, 4, H), 1, Torch)):
+        torch._dynamo.reset()
+        model = sequence_parallel(Model(norm), mesh, dim)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(rank))  # this rank's tokens, unlike the other's
+        c = compile(model.body, Config(), {})
+        with torch.no_grad():
+            torch.testing.assert_close(c(x), model.body(x))
+        assert not foreign(c)
+        # q, k, v and gate, up each gathered their input: one gather is left of three, and of two
+        assert count(c, "unfused")["all_gather"] == count(c, "unfused")["reduce_scatter"] == 2
+
+
+@pytest.mark.dist
+def test_gathers_of_the_sequence_parallel_plan_merge():
+    run_ranks(_sequence_parallel, 2)
+
+
+# --- functional collectives and in-place ones
+
+
+class ByHand(nn.Module):
+    """Half of an embedding and an MLP with its residual, reduced by `reduce`."""
+
+    def __init__(self, reduce, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(dist.get_rank())
+        self.reduce = reduce
+        self.embed = nn.Embedding(VOCAB, H, dtype=dtype)
+        self.up, self.down = nn.Linear(H, MID, dtype=dtype), nn.Linear(MID, H, False, dtype=dtype)
+        torch.manual_seed(0)
+        self.n1, self.n2 = Llama(1e-6).to(dtype), Gemma(1e-6).to(dtype)
+        self.requires_grad_(False)
+
+    def forward(self, ids):
+        x = self.reduce(self.embed(ids))
+        x = x + self.reduce(self.down(F.silu(self.up(self.n1(x)))))
+        return self.n2(x)
+
+
+def functional(x):
+    return funcol.all_reduce(x, "sum", dist.group.WORLD)
+
+
+def in_place(x):
+    dist.all_reduce(x)
+    return x
+
+
+def split_by_hand(x):
+    return funcol.all_gather_tensor(funcol.reduce_scatter_tensor(x, "sum", 0, dist.group.WORLD), 0, dist.group.WORLD)
+
+
+def _collectives(rank):
+    for reduce, dtype in ((functional, torch.float32), (in_place, torch.bfloat16)):
+        torch._dynamo.reset()
+        c = compile(ByHand(reduce, dtype), Config(), {"ids": 0})
+        as_uncompiled(c, ids(16), tolerance=1e-5 if dtype == torch.float32 else 0.05)
+        for n in (4, 7, 33):
+            same_by_every_plan(c, ids(n))
+        assert len(c.captures) == 1 and c.captures[0].new_guards == [] and not foreign(c)
+        assert count(c, "unfused")["copy"] == 0
+        assert count(c, "replicated")["all_reduce_norm_quant"] == 2 and count(c, "replicated")["all_reduce"] == 0
+        assert count(c, "sharded")["matmul_reduce_scatter"] == count(c, "sharded")["all_gather_matmul"] == 1
+    torch._dynamo.reset()
+    c = compile(ByHand(split_by_hand), Config(), {})
+    with torch.no_grad():
+        torch.testing.assert_close(c(ids(16)), c.model(ids(16)))
+    assert not foreign(c) and count(c, "unfused")["reduce_scatter"] == count(c, "unfused")["all_gather"] == 2
+    _stay(rank)
+
+
+def _stay(rank):
+    """Reductions that are not ours run as they are, and the report says why they are alone."""
+    def f(x, n):
+        total = funcol.all_reduce(x @ x.t(), "max", dist.group.WORLD).sum(1, keepdim=True)
+        mean = funcol.all_reduce(x, "avg", dist.group.WORLD)
+        number = funcol.all_reduce(x.sum(), "sum", dist.group.WORLD)
+        exact = funcol.all_reduce(n, "sum", dist.group.WORLD)
+        root = funcol.broadcast(x, 0, dist.group.WORLD)
+        return total + mean * number + root + functional(x), exact
+
+    torch._dynamo.reset()
+    x, big = torch.randn(6, 5, generator=torch.Generator().manual_seed(rank)), torch.tensor([[2**40 + 1 + rank]])
+    c = compile(f, Config(), {"x": 0})
+    with torch.no_grad():
+        want = f(x, big)
+    for plan in ("unfused", "replicated", "sharded"):
+        got = by_plan(c, plan, x, big)
+        torch.testing.assert_close(got[0], want[0])
+        assert got[1].item() == want[1].item() == 2**41 + 3
+    assert len(foreign(c)) == 10  # five and their waits
+    why = " ".join(v.why for v in c.captures[0].unfused.verdicts if v.rule == "adopt_functional_collective")
+    for sentence in ("reduces by 'max', not by 'sum'", "reduces by 'avg'", "moves a single number", "sums torch.int64",
+                     "broadcast.default is not one of all_reduce"):
+        assert sentence in why
+
+
+@pytest.mark.dist
+def test_collectives_by_hand():
+    run_ranks(_collectives, 2)
+
+
+def test_groups_as_nodes(monkeypatch):
+    """With compile_on_one_rank the group of a DTensor's collective is a node of the graph."""
+    if not hasattr(torch.distributed.config, "compile_on_one_rank"):
+        pytest.skip("this torch names groups by strings only")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setattr(torch.distributed.config, "compile_on_one_rank", True)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        c = compile(tensor_parallel(Model(), init_device_mesh("cpu", (2,))), Config(), {"ids": 0})
+        c(ids(8))
+        assert_fused(c, 1)
+    except Exception as e:
+        print("FAKE", type(e), str(e)[:1000])
+        raise
+    finally:
+        dist.destroy_process_group()
