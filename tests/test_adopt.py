@@ -15,8 +15,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fusewire.compiler.capture import Compiled, compile
+from fusewire.backends import aten as aten_backend
 from fusewire.config import Config
 from fusewire.op import op_of
+from fusewire.ops.dense import matmul
 
 H, MID, VOCAB = 32, 64, 24
 E4M3 = torch.float8_e4m3fn
@@ -321,3 +323,98 @@ def test_groups_as_nodes(monkeypatch):
         raise
     finally:
         dist.destroy_process_group()
+
+
+# --- FP8
+
+
+def static(x, scale):
+    return (x / scale).clamp(-448, 448).to(E4M3)
+
+
+def per_token(x):
+    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+    return (x / scale).clamp(-448, 448).to(E4M3), scale
+
+
+class Fp8(nn.Module):
+    """An MLP and a head whose linears are FP8; `linear(x, index)` multiplies by the weight `index`."""
+
+    def __init__(self, linear, columns: bool):
+        super().__init__()
+        torch.manual_seed(dist.get_rank())
+        self.linear, self.embed = linear, nn.Embedding(VOCAB, H)
+        weights = torch.randn(MID, H), torch.randn(H, MID), torch.randn(MID, H)
+        self.scales = [w.abs().amax(1, keepdim=True) / 448 if columns else w.abs().amax() / 448 for w in weights]
+        self.weights = [(w / s).to(E4M3) for w, s in zip(weights, self.scales, strict=True)]
+        self.inputs = [torch.tensor(s) for s in (0.01, 0.1, 0.01)]
+        torch.manual_seed(0)
+        self.n1, self.n2 = Llama(1e-6), Llama(1e-5)
+        self.requires_grad_(False)
+
+    def forward(self, ids):
+        x = functional(self.embed(ids))
+        x = x + functional(self.linear(self, F.silu(self.linear(self, self.n1(x), 0)), 1))
+        return self.linear(self, self.n2(x), 2)
+
+
+def scaled_static(shape):
+    def linear(m, x, i):
+        s, sw = m.inputs[i].reshape(shape), m.scales[i].reshape(shape)
+        return torch._scaled_mm(static(x, m.inputs[i]), m.weights[i].t(), s, sw, out_dtype=torch.float32)
+    return linear
+
+
+def scaled_rows(m, x, i):
+    q, s = per_token(x)
+    return torch._scaled_mm(q, m.weights[i].t(), s, m.scales[i].t(), out_dtype=torch.float32)
+
+
+def scaled_mm(m, x, i):
+    q, s = per_token(x)
+    row = F.ScalingType.RowWise
+    return F.scaled_mm(q, m.weights[i].t(), s, row, m.scales[i].t(), row, output_dtype=torch.float32)
+
+
+def rows_work() -> bool:
+    """Has this CPU torch._scaled_mm with a scale for each row? (torch 2.13 has, 2.11 has not)"""
+    try:
+        torch._scaled_mm(torch.ones(16, 16).to(E4M3), torch.ones(16, 16).to(E4M3).t(), torch.ones(16, 1), torch.ones(1, 16))
+        return True
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def travels(c: Compiled) -> list[tuple[str, list[str]]]:
+    """(format, dtypes of the parts) of every fused gather of the sharded plan, in order."""
+    graph = c.captures[-1].ranges[0].plans["sharded"].gm.graph
+    fused = [n for n in graph.nodes if (o := op_of(n)) and o.name == "all_gather_matmul"]
+    return [(n.args[4], [str(p.meta["val"].dtype).removeprefix("torch.") for p in n.args[0]]) for n in fused]
+
+
+def _fp8(rank):
+    cases = [(scaled_static(shape), False, "fp8_tensor") for shape in ((), (1,), (1, 1))]
+    cases += [(linear, True, "fp8_token") for linear in (scaled_rows, scaled_mm) if rows_work()]
+    for linear, columns, fmt in cases:
+        torch._dynamo.reset()
+        c = compile(Fp8(linear, columns), Config(), {"ids": 0})
+        as_uncompiled(c, ids(16), tolerance=1e-4)
+        same_by_every_plan(c, ids(7))
+        assert len(c.captures) == 1 and c.captures[0].new_guards == [] and not foreign(c)
+        assert count(c, "unfused")["matmul"] == 3 and count(c, "replicated")["all_reduce_norm_quant"] == 2
+        large = count(c, "sharded")
+        assert large["matmul_reduce_scatter"] == 1 and large["reduce_scatter"] == 1 and large["all_gather"] == 0, large
+        parts = ["float8_e4m3fn"] if fmt == "fp8_tensor" else ["float8_e4m3fn", "float32"]
+        assert travels(c) == [(fmt, parts)] * 2
+        torch._dynamo.reset()
+        aten_backend.ON_CPU = True
+        c = compile(c.model, Config(), {"ids": 0})
+        with torch.no_grad():
+            assert torch.equal(same_by_every_plan(c, ids(16)), c.model(ids(16))), "the bits of the original call"
+        assert {n.meta["backend"] for n in c.captures[0].unfused.gm.graph.nodes if op_of(n) is matmul} == {"aten"}
+        aten_backend.ON_CPU = False
+
+
+@pytest.mark.dist
+def test_fp8_by_hand():
+    run_ranks(_fp8, 2)
