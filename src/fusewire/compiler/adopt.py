@@ -27,7 +27,7 @@ def adopt(target: torch._ops.OpOverload, op: Op, args: Callable[..., tuple | Non
     """From now on a call of `target` is captured as a call of `op`.
 
     args  called with `target`'s own arguments by name (graph nodes and constants) -> `op`'s arguments, or None to leave
-          the call alone. It may make small nodes: `transposed`, `scalar`, `matrix`, `insert`.
+          the call alone. It may make small nodes: `transposed`, `scalar`, `matrix`, `from_alpha`, `insert`.
 
     `op`'s outputs are, in order, what `target` returns and then the arguments it writes to (`out!`, `residual!`); of those
     `args` sees the value before. An output may be spelled in another way than ours: the same bytes as integers, or with a
@@ -63,6 +63,17 @@ def matrix(x: fx.Node) -> fx.Node:
     if is_aten(x, "unsqueeze") and x.args[1] in (0, -3):
         return x.args[0]
     return insert(aten.select.int, x, x, 0, 0)
+
+
+def from_alpha(alpha: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """(the activation's global scale, the weight's) for a block-scaled matmul that takes alpha = 1 / (g_x * g_w): (1, 1 / alpha).
+
+    The activation's is the same node for every matmul, so that those which read one activation can still share its gather.
+    """
+    alpha = scalar(alpha)
+    one = alpha.graph.call_function(aten.full.default, ([], 1.0), {"dtype": torch.float32, "device": val(alpha).device})
+    one.meta["val"] = val(alpha).new_ones(())
+    return one, insert(aten.reciprocal.default, alpha, alpha)
 
 
 class _Call(NamedTuple):
@@ -118,6 +129,14 @@ def _spelled_as(y: fx.Node, like: torch.Tensor) -> fx.Node:
     if val(y).dim() == 2 and like.dim() == 3 and compat.known_true(like.shape[0] == 1):
         y = insert(aten.reshape.default, y, y, [1, -1, val(y).shape[1]])
     return y
+
+
+@rule(lambda n: is_aten(n, "detach", "alias"))
+def drop_aliases(n: fx.Node) -> Verdict | None:
+    """AOT leaves a detach beside every view of another dtype and an alias of some outputs; no gradient is recorded here."""
+    if not any(u.op == "output" for u in n.users):
+        replace(n, n.args[0])
+    return None
 
 
 @rule(lambda n: n.target is aten.view.dtype)
@@ -339,5 +358,5 @@ def adopt_add_rms_norm(n: fx.Node) -> Verdict | None:
     return None
 
 
-rules = [adopt_functional_collective, drop_copy, drop_whole_slices, adopt_registered, cancel_dtype_views, adopt_matmul,
-         adopt_rms_norm, adopt_add_rms_norm]
+rules = [adopt_functional_collective, drop_copy, drop_whole_slices, drop_aliases, adopt_registered, cancel_dtype_views,
+         adopt_matmul, adopt_rms_norm, adopt_add_rms_norm]
