@@ -13,7 +13,8 @@ from torch import fx
 
 from .. import compat
 from ..op import op_of
-from ..ops.collectives import all_reduce
+from ..ops.collectives import all_gather, all_reduce, all_reduce_max
+from ..ops.dense import amax, params_from_amax, relayout
 from .rewrite import Verdict, call, is_aten, outputs, replace, rule, sites_of, val
 
 aten = torch.ops.aten
@@ -82,6 +83,40 @@ def local_args(n: fx.Node, swap: dict[fx.Node, fx.Node]) -> tuple:
     if _is_view(n):
         args = (args[0], [-1, *args[1][1:]])
     return args
+
+
+# Of several tensors, but of no weight that ranks hold different parts of, unless an all_reduce or all_gather follows.
+_JOINS = ("embedding", "cat", "stack", "index", "index_select")
+
+
+def same_on_all_ranks(n: fx.Node, group: str) -> bool:
+    """Is `n` known to be equal on the ranks of `group`?
+
+    It is if it is made of graph inputs and of results of that group's all_reduce and all_gather, and not by a matmul (or by
+    anything else that may read a sharded weight). Graph inputs that meet a replicated tensor are taken to be replicated.
+    """
+    seen, stack = set(), [n]
+    while stack:
+        m = stack.pop()
+        if m in seen or m.op in ("placeholder", "get_attr"):
+            continue
+        seen.add(m)
+        o = op_of(m)
+        if o in (all_reduce, all_gather, all_reduce_max):
+            if m.args[-1] != group:
+                return False
+        elif o is not None:
+            if not o.tokens and o not in (amax, params_from_amax, relayout):
+                return False
+            stack += m.all_input_nodes
+        elif isinstance(m.target, torch._ops.OpOverload):
+            one = len(_tensors(m)) <= 1 or _pointwise(m) or is_aten(m, *_JOINS)
+            if not one or m.target.namespace not in ("aten", "prims") or torch.Tag.nondeterministic_seeded in m.target.tags:
+                return False
+            stack += m.all_input_nodes
+        else:
+            stack += m.all_input_nodes  # getitem and arithmetic on sizes
+    return True
 
 
 # --- from (batch, sequence, hidden) to (tokens, hidden)

@@ -12,7 +12,7 @@ from ...op import op_of
 from ...ops.collectives import all_gather, all_reduce, all_reduce_max, nbytes, reduce_scatter, shard, world_size
 from ...ops.dense import amax, linear, quantize, relayout
 from ..rewrite import Verdict, arg, call, fused, missed, outputs, producer, replace, rule, sites_of, users, val
-from ..tokens import local_args, token_args
+from ..tokens import local_args, same_on_all_ranks, token_args
 
 
 @rule(all_reduce)
@@ -62,6 +62,8 @@ def sink_all_gather(n: fx.Node) -> Verdict | None:
     if len(groups) > 1:
         return missed(f"its arguments were gathered over {len(groups)} groups")
     [group] = groups
+    if own := [a for a in n.all_input_nodes if a not in gathers and not same_on_all_ranks(a, group)]:
+        return missed(f"{own[0].name}, its other operand, may be another one on every rank: cutting it would mix ranks")
     w = world_size(group)
     values = n.meta["val"] if isinstance(n.meta["val"], (list, tuple)) else [n.meta["val"]]
     travels = linear(arg(n, "fmt")) if o is quantize else None
