@@ -79,7 +79,7 @@ class Compiled:
         facts = {"sizes": str(found.tokens(1)), "codegen": self.config.codegen, "plan": self.config.plan}
         for r in found.ranges:
             for name, plan in r.plans.items():
-                facts[f"{name} graph from {r.first} tokens"] = hashlib.sha256(plan.gm.code.encode()).hexdigest()[:16]
+                facts[f"{name} graph from {r.first} tokens"] = hashlib.sha256(program(plan).encode()).hexdigest()[:16]
         for name in sorted({n.args[op_of(n).params.index("group")] for n in nodes}):
             agree(resolve(name), f"graph {index}", facts)
 
@@ -100,6 +100,20 @@ class Compiled:
             return lambda inputs: plan.gm(*inputs)
         fakes = [n.meta["val"] for n in plan.gm.graph.nodes if n.op == "placeholder"]
         return compat.inductor(plan.gm, fakes, cache_tag(plan, self.config))
+
+
+def program(plan: Plan) -> str:
+    """What all ranks must do alike: the calls of our ops in order, with their constants, and the shapes of what travels.
+
+    Not the whole graph: a model that is parallel by other means may have a rank's own constants in it, such as where its
+    part of the vocabulary starts.
+    """
+    def what_travels(a: torch.fx.Node) -> str:
+        return f"{a.meta['val'].dtype}{list(a.meta['val'].shape)}"
+
+    calls = [(n, o) for n in plan.gm.graph.nodes if (o := op_of(n)) is not None]
+    shown = {True: what_travels, False: lambda a: "_"}
+    return "\n".join(f"{n.target} {torch.fx.map_arg(n.args, shown['group' in o.params])}" for n, o in calls)
 
 
 def cache_tag(plan: Plan, config: Config) -> str:
