@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -296,6 +297,27 @@ def test_only_this_ranks_slices_are_read(exported, monkeypatch, kind):
         elif "scale_inv" not in n:  # ranks share the block that their rows lie in
             assert copies == 1, n
     assert total < 1.6 * sum(whole_bytes.values())
+
+
+def test_models_are_built_one_at_a_time(exported, monkeypatch):
+    """Ranks can be threads, and transformers changes torch's default dtype while it builds a model."""
+    from transformers import AutoModelForCausalLM
+
+    inside, most, real = [], [], AutoModelForCausalLM.from_config
+
+    def slow(*args, **kwargs):
+        inside.append(1)
+        time.sleep(0.05)
+        most.append(len(inside))
+        try:
+            return real(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", slow)
+    group = simulated_group(2)
+    simulate(group, lambda rank: load(exported("plain")[0], group))
+    assert most == [1, 1] and torch.get_default_dtype() == torch.float32
 
 
 def test_progress_and_f16_and_a_single_file(tmp_path):

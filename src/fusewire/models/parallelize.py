@@ -79,12 +79,12 @@ def shard(model: nn.Module, group: Group, format_of: Callable[[str], str]) -> nn
         parent, _, child = name.rpartition(".")
         if name not in replaced and style not in REPLICATED:
             by_parent.setdefault(parent, {})[child] = style
-    for parent_name, children in by_parent.items():
-        parent = model.get_submodule(parent_name)
-        dims = _attention(parent_name, parent, children, group) or {}
+    for parent, children in by_parent.items():
+        module = model.get_submodule(parent)
+        dims = _attention(parent, module, children, group) or {}
         for child, style in children.items():
-            name = f"{parent_name}.{child}" if parent_name else child
-            setattr(parent, child, _linear(name, getattr(parent, child), style, dims.get(child), group, format_of))
+            name = f"{parent}.{child}" if parent else child
+            setattr(module, child, _linear(name, getattr(module, child), style, dims.get(child), group, format_of))
     _norms(model)
     return model.requires_grad_(False)
 

@@ -55,11 +55,11 @@ def heads(n_q: int, n_kv: int, rank: int, world_size: int) -> Heads:
         return Heads(kv.times(per_kv), kv)
     padded = next(d for d in range(n_kv, world_size + 1) if world_size % d == 0)
     copies = world_size // padded
-    kv, part = divmod(rank, copies)
-    if kv >= n_kv:  # a padded key/value head
+    head, part = divmod(rank, copies)
+    if head >= n_kv:  # a padded key/value head
         return Heads(Slice(n_q, n_q, -(-per_kv // copies)), Slice(n_kv, n_kv, 1))
     q = even(per_kv, part, copies)
-    return Heads(Slice(kv * per_kv + q.start, kv * per_kv + q.stop, q.size), Slice(kv, kv + 1, 1))
+    return Heads(Slice(head * per_kv + q.start, head * per_kv + q.stop, q.size), Slice(head, head + 1, 1))
 
 
 def cut(x: Tensor, *dims: Slice) -> Tensor:

@@ -84,7 +84,7 @@ def stored_of(config: dict | None, where: str) -> Callable[[str], Stored]:
 
 def _names(config: dict, where: str, *keys: str) -> list[str]:
     """The module names under the first of these keys that is there."""
-    names = next((config[key] for key in keys if config.get(key) is not None), [])
+    names: object = next((config[key] for key in keys if config.get(key) is not None), [])
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise InputError(f"{where}: {keys[0]} is not a list of module names; download it again")
     return names
