@@ -147,12 +147,10 @@ def _open(context: Any, model: str, args: argparse.Namespace) -> tuple[Any, Any]
 
 def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) -> None:
     """`fusewire run` on one rank."""
-    from dataclasses import replace
-
     import torch
     from tokenizers.decoders import DecodeStream
 
-    from . import screen
+    from . import compile, screen
     from .engine.session import run_text
 
     session, console = _open(context, model, args)
@@ -166,8 +164,10 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
 
     if context.rank == 0:
         console.out(args.prompt, end="", style="dim", highlight=False)
-    run = run_text(session, config, ids, args.max_tokens, context.phase, show)
-    unfused = run_text(session, replace(config, plan="unfused", strict=False), ids, args.max_tokens, context.phase) if args.compare else None
+    compiled = compile(session.model, config)
+    run = run_text(session, compiled, ids, args.max_tokens, context.phase, show)
+    compiled.plan = "unfused"  # the same captured graphs, with nothing fused
+    unfused = run_text(session, compiled, ids, args.max_tokens, context.phase) if args.compare else None
     if context.rank:
         return
     console.out("\n")

@@ -35,11 +35,13 @@ class Compiled:
     config: Config
     token_dims: dict[str, int]
     capture_only: bool = False  # a call compiles and returns None
+    plan: str = ""  # the config's; may be changed between calls: all plans come from the same captures
     captures: list[Capture] = field(default_factory=list)
     last: tuple[Capture, int] | None = None  # what ran last: the capture and the token symbol's value
-    used: Counter[tuple[int, int]] = field(default_factory=Counter)  # (index of the capture, the value) -> runs
+    used: Counter[tuple[int, int, str]] = field(default_factory=Counter)  # (index of the capture, the value, plan) -> runs
 
     def __post_init__(self) -> None:
+        self.plan = self.config.plan
         self._run = torch.compile(self.model, backend=self._backend, fullgraph=True)
         forward = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
         self._signature = inspect.signature(forward)
@@ -88,9 +90,9 @@ class Compiled:
             raise _Captured
         # Outside both graphs, on real sizes: decided on the captured fake values it would be a guard of both plans.
         size = found.size_of(inputs)
-        plan = found.choose(size)
+        plan = found.choose(size, self.plan)
         self.last = found, size
-        self.used[index, size] += 1
+        self.used[index, size, self.plan] += 1
         if plan.call is None:
             plan.call = self._code(plan)
         return plan.call(inputs)

@@ -84,19 +84,17 @@ def explain(compiled: Any, tokens: int | None = None) -> Report:
     if compiled.last is None and not compiled.captures:
         raise InputError("explain: the model has not been captured yet; call the compiled model once")
     if tokens is None:
-        found, size = (compiled.last[0], compiled.last[1]) if compiled.last else (compiled.captures[-1], 1)
-        return report(found, size)
+        found, size = compiled.last or (compiled.captures[-1], compiled.captures[-1].size_at(None))
+        return report(found, size, found.choose(size, compiled.plan))
     for found in reversed(compiled.captures):
         if (size := found.size_at(tokens)) is not None:
-            return report(found, size)
+            return report(found, size, found.choose(size, compiled.plan))
     raise InputError(f"explain: no captured graph runs {tokens} tokens; call the compiled model with as many once")
 
 
-def report(found: Capture, size: int, plan: Plan | None = None) -> Report:
-    """The report of a capture where the token symbol is `size`, for the plan that would run or the given one."""
-    chosen = found.choose(size)
-    plan = plan or chosen
-    why = _why(found, size, plan, chosen)
+def report(found: Capture, size: int, plan: Plan) -> Report:
+    """The report of one plan of a capture where the token symbol is `size`."""
+    why = _why(found, size, plan)
     before, after = _by_site(found.unfused, size), _by_site(plan, size)
     text = _Numbers(plan, size)
     rows = []
@@ -119,13 +117,11 @@ class _Numbers:
         return self.pattern.sub(lambda m: str(int(m[1] or 1) * self.value), text) if self.pattern else text
 
 
-def _why(found: Capture, size: int, plan: Plan, chosen: Plan) -> str:
-    if plan is not chosen:
-        return f"{plan.name} was asked about; {chosen.name} would run"
+def _why(found: Capture, size: int, plan: Plan) -> str:
     if plan.name == "replicated" and (why := found.why_not_sharded(size)):
         return why
-    if found.config.plan != "auto":
-        return f"plan={found.config.plan} was asked for"
+    if plan is not found.choose(size, "auto") or found.config.plan != "auto":
+        return f"plan={plan.name} was asked for"
     return costs_sentence({p.name: p.sent(size) for p in found.range_of(size).plans.values()}, found.link)
 
 

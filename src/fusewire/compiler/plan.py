@@ -93,7 +93,7 @@ class Capture:
     new_guards: list[str]
     config: Config
     link: Link
-    _chosen: dict[int, Plan] = field(default_factory=dict)
+    _chosen: dict[tuple[int, str], Plan] = field(default_factory=dict)
 
     def size_at(self, tokens: int | None) -> int | None:
         """The token symbol's value for so many tokens, None if this graph cannot run them; for None any that it can."""
@@ -108,10 +108,10 @@ class Capture:
         tokens = self.tokens(size)
         return [r for r in self.ranges if r.first <= tokens or r is self.ranges[0]][-1]
 
-    def choose(self, size: int) -> Plan:
-        """The plan for a run. It depends on the size alone, so every rank chooses the same."""
-        if (plan := self._chosen.get(size)) is None:
-            plan = self._chosen[size] = self._choose(size)
+    def choose(self, size: int, wanted: str) -> Plan:
+        """The plan for a run, where `wanted` is one of config.PLANS. It depends on these alone, so every rank chooses the same."""
+        if (plan := self._chosen.get((size, wanted))) is None:
+            plan = self._chosen[size, wanted] = self._choose(size, wanted)
         return plan
 
     def why_not_sharded(self, size: int) -> str | None:
@@ -124,13 +124,13 @@ class Capture:
                     f"from {self.tokens(sharded.multiple * MIN_LOCAL_TOKENS)} on")
         return None
 
-    def _choose(self, size: int) -> Plan:
+    def _choose(self, size: int, wanted: str) -> Plan:
         plans = self.range_of(size).plans
-        if self.config.plan == "unfused":
+        if wanted == "unfused":
             return self.unfused
-        if self.config.plan == "replicated" or self.why_not_sharded(size):
+        if wanted == "replicated" or self.why_not_sharded(size):
             return plans["replicated"]
-        if self.config.plan == "sharded":
+        if wanted == "sharded":
             return plans["sharded"]
         return min(plans.values(), key=lambda p: cost.seconds(*p.sent(size), self.link))
 
@@ -169,8 +169,8 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
         found.ranges.append(r)
         copied = fx.GraphModule(base, copy.deepcopy(base.graph))
         r.plans["replicated"] = build(Plan("replicated", copied, [], symbol), found, off)
-        if missing or config.plan in ("unfused", "replicated"):
-            r.missing["sharded"] = missing or f"the {config.plan} plan was asked for"
+        if missing:
+            r.missing["sharded"] = missing
             continue
         own, copied = timed(timings, "carry", carry, base, {symbol: multiple})
         mine = len(own.guards())

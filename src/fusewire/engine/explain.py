@@ -35,10 +35,10 @@ def explain_model(path: str | Path, world_size: int, tokens: int, quantization: 
         found = compiled.captures[-1]
         if (size := found.size_at(tokens)) is None:
             raise FusewireError(f"explain: the captured graph cannot run {tokens} tokens")
-        chosen = found.choose(size)
+        chosen = found.choose(size, compiled.plan)
         reports = {p.name: expand(report(found, size, p), model) for p in (*found.range_of(size).plans.values(), found.unfused)}
         if compiled.config.plan != "auto" or found.why_not_sharded(size):
-            return replace(reports[chosen.name], why=report(found, size).why)
+            return replace(reports[chosen.name], why=report(found, size, chosen).why)
         costs = {name: (r.sent_after, r.messages) for name, r in reports.items() if name != "unfused"}
         best = min(costs, key=lambda name: seconds(*costs[name], found.link))
         return replace(reports[best], why=costs_sentence(costs, found.link))

@@ -4,15 +4,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compiler.capture import Compiled, compile
+from ..compiler.capture import Compiled
 from ..compiler.explain import Report, report
-from ..config import Config
 from ..consensus import agree, library_facts
 from ..errors import InputError
 from ..models import check_token_ids, load, static_cache
@@ -83,7 +82,7 @@ class Run:
     first_s: float  # until the first token, compilation included
     rest_s: float  # all tokens after the second, which compiles too
     compiled: Compiled
-    used: dict[tuple[int, int], int] = field(default_factory=dict)
+    used: dict[tuple[int, int, str], int]
 
     @property
     def tokens_per_s(self) -> float:
@@ -92,12 +91,16 @@ class Run:
 
     def reports(self) -> list[tuple[Report, int]]:
         """What ran: each (plan, token count) with how many times."""
-        return [(report(self.compiled.captures[i], size), times) for (i, size), times in self.used.items()]
+        found = []
+        for (i, size, wanted), times in self.used.items():
+            capture = self.compiled.captures[i]
+            found.append((report(capture, size, capture.choose(size, wanted)), times))
+        return found
 
 
-def run_text(session: Session, config: Config, ids: Tensor, max_tokens: int, phase: Callable[[str], None],
+def run_text(session: Session, compiled: Compiled, ids: Tensor, max_tokens: int, phase: Callable[[str], None],
              on_token: Callable[[int], None] | None = None) -> Run:
-    """Generate greedily with the model compiled as `config` says.
+    """Generate greedily with the session's compiled model.
 
     A prompt that does not divide over the ranks is read in two steps, so that most of it runs the sharded plan.
     """
@@ -105,8 +108,7 @@ def run_text(session: Session, config: Config, ids: Tensor, max_tokens: int, pha
     if room is not None and ids.shape[1] + max_tokens > room:
         raise InputError(f"{ids.shape[1]} prompt tokens and {max_tokens} new ones do not fit the model's {room} positions; "
                          "shorten the prompt or ask for fewer")
-    torch._dynamo.reset()
-    compiled = compile(session.model, config)
+    compiled.used.clear()
     cache = static_cache(session.model, ids.shape[0], ids.shape[1] + max_tokens)
     times: list[float] = []
     count = 0

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -65,18 +65,17 @@ def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts
     if all(b.shape[1] < 2 for b in batches):
         raise InputError("the text has a single token, and a perplexity needs two; give a longer one")
     plans = ("replicated", "sharded") if config.plan == "auto" else (config.plan,)
-    phase("running the unfused model")
-    unfused_config = replace(config, plan="unfused", strict=False)
-    want_tokens = run_text(session, unfused_config, ids, max_tokens, phase).tokens
-    unfused = _compiled(session, unfused_config)
-    want = [_logits(unfused, b) for b in batches]
+    compiled = compile(session.model, config)
+
+    def answers(plan: str) -> tuple[Tensor, list[Tensor]]:
+        phase(f"running the {plan} plan")
+        compiled.plan = plan
+        return run_text(session, compiled, ids, max_tokens, phase).tokens, [_logits(compiled, b) for b in batches]
+
+    want_tokens, want = answers("unfused")
     found = []
     for plan in plans:
-        phase(f"running the {plan} plan")
-        chosen = replace(config, plan=plan)
-        tokens = run_text(session, chosen, ids, max_tokens, phase).tokens
-        fused = _compiled(session, chosen)
-        got = [_logits(fused, b) for b in batches]
+        tokens, got = answers(plan)
         changed = sum(int((~same_bits(a, b)).sum()) for a, b in zip(got, want, strict=True))
         scale = max(float(b.float().abs().max()) for b in want)
         worst = max(float((a.float() - b.float()).abs().max()) for a, b in zip(got, want, strict=True))
@@ -84,11 +83,6 @@ def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts
                               sum(a.numel() for a in got), worst / scale if scale else worst, torch.equal(tokens, want_tokens),
                               perplexity(got, batches), perplexity(want, batches)))
     return found
-
-
-def _compiled(session: Session, config: Config) -> Compiled:
-    torch._dynamo.reset()
-    return compile(session.model, config)
 
 
 def _logits(compiled: Compiled, ids: Tensor) -> Tensor:
