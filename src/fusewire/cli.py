@@ -15,7 +15,8 @@ OFF = (0, -1)  # bounds that no token count is within
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fusewire", description="Hide the communication of tensor-parallel models behind their matmuls.")
+    top = argparse.ArgumentParser(prog="fusewire",
+                                  description="Hide the communication of tensor-parallel models behind their matmuls.")
     top.add_argument("--version", action="version", version=f"fusewire {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="{run,explain,verify}")
 
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     _model(run)
     run.add_argument("--prompt", default="The capital of France is", help="the text to continue")
     run.add_argument("--max-tokens", type=_positive, default=24, help="how many tokens to generate (default 24)")
-    run.add_argument("--compare", action="store_true", help="run the unfused model as well and say whether the tokens are identical")
+    run.add_argument("--compare", action="store_true", help="run the unfused graph too and say whether the tokens are identical")
     run.add_argument("--timings", action="store_true", help="print the seconds of each compiler pass")
     _choices(run)
     run.set_defaults(main=run_command)
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compare the fused with the unfused model: logits, greedy tokens, perplexity")
     _model(verify)
-    verify.add_argument("--text", type=Path, help="a text file, or JSON lines with a string under \"page\" or \"text\", for the perplexity")
+    verify.add_argument("--text", type=Path, help="for the perplexity: a text file, or JSON lines with a \"page\" or \"text\"")
     verify.add_argument("--prompt", default="The capital of France is", help="the text whose greedy continuation is compared")
     verify.add_argument("--max-tokens", type=_positive, default=16, help="how many tokens to generate (default 16)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -56,11 +57,11 @@ def _positive(text: str) -> int:
 
 
 def _model(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a folder with config.json and safetensors, or a hub name (owner/name)")
+    p.add_argument("model", nargs="?", metavar="MODEL", help="a folder with config.json and safetensors, or a hub name owner/name")
     p.add_argument("--demo", action="store_true", help="use the packaged SmolLM2-135M-Instruct instead of MODEL")
     p.add_argument("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N", help="how many ranks (default 1)")
-    p.add_argument("--quantization", "-q", metavar="FORMAT", help="quantize a plain checkpoint while loading: fp8, fp8_token, fp8_block, "
-                                                                  "nvfp4, mxfp8 (default: as the checkpoint is)")
+    p.add_argument("--quantization", "-q", metavar="FORMAT",
+                   help="quantize a plain checkpoint while loading: fp8, fp8_token, fp8_block, nvfp4, mxfp8 (default: as it is)")
 
 
 def _choices(p: argparse.ArgumentParser) -> None:
@@ -73,8 +74,10 @@ def _choices(p: argparse.ArgumentParser) -> None:
                    help="let a rule run for MIN to MAX tokens only; either may be left out; repeatable")
     g.add_argument("--enable-sp", action=argparse.BooleanOptionalAction, default=True, help="sequence parallelism")
     g.add_argument("--sp-min-token-num", type=_positive, metavar="N", help="sequence parallelism from N tokens on")
-    g.add_argument("--fuse-gemm-comms", action=argparse.BooleanOptionalAction, default=True, help="all-gather and reduce-scatter with matmuls")
-    g.add_argument("--fuse-allreduce-rms", action=argparse.BooleanOptionalAction, default=True, help="all-reduce with norm and quantization")
+    g.add_argument("--fuse-gemm-comms", action=argparse.BooleanOptionalAction, default=True,
+                   help="all-gather and reduce-scatter with matmuls")
+    g.add_argument("--fuse-allreduce-rms", action=argparse.BooleanOptionalAction, default=True,
+                   help="all-reduce with norm and quantization")
 
 
 def config_of(args: argparse.Namespace) -> Any:
@@ -172,13 +175,14 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
         return
     console.out("\n")
     how = args.quantization or session.model.config.to_dict().get("quantization_config", {}).get("quant_method") or "as stored"
-    console.print(f"[bold]{context.world_size} ranks, {how}, {config.codegen} code[/]; loaded in {session.load_s:.1f} s, first token after "
-                  f"{run.first_s:.1f} s (with compilation), then {run.tokens_per_s:.1f} tokens/s", highlight=False)
+    console.print(f"[bold]{context.world_size} ranks, {how}, {config.codegen} code[/]; loaded in {session.load_s:.1f} s, "
+                  f"first token after {run.first_s:.1f} s (with compilation), "
+                  f"then {run.tokens_per_s:.1f} tokens/s", highlight=False)
     screen.runs(console, run.reports())
     if unfused is not None:
         same = torch.equal(run.tokens, unfused.tokens)
-        console.print("[green]identical to unfused[/]: the same tokens" if same else "[red]not identical to unfused[/]: the tokens differ",
-                      highlight=False)
+        console.print("[green]identical to unfused[/]: the same tokens" if same
+                      else "[red]not identical to unfused[/]: the tokens differ", highlight=False)
     if args.timings:
         for r, _ in run.reports()[:1]:
             screen.timings(console, r)
@@ -195,7 +199,8 @@ def explain_command(args: argparse.Namespace) -> int:
     from . import screen
     from .engine.explain import explain_model
 
-    report = explain_model(model_of(args), args.tensor_parallel_size, args.tokens, args.quantization, config_of(args), args.all_logits)
+    report = explain_model(model_of(args), args.tensor_parallel_size, args.tokens, args.quantization, config_of(args),
+                           args.all_logits)
     if args.json:
         print(json.dumps(report.to_dict(), indent=1))
         return 0

@@ -161,8 +161,10 @@ def compile_aten(gm: torch.fx.GraphModule, inputs: list, compile_graph) -> objec
 def inductor(gm: torch.fx.GraphModule, inputs: list, cache_tag: str):
     """Inductor's code for an aten graph, as a function of the list of inputs. `cache_tag` becomes part of its cache keys."""
     from torch._inductor.compile_fx import compile_fx
+    from torch.utils._python_dispatch import _disable_current_modes
 
-    with torch.compiler.config.patch(cache_key_tag=cache_tag), torch.no_grad():
+    # At run time, where this is called, AOT watches the first call with a mode of its own, which compiling must not meet.
+    with _disable_current_modes(), torch.compiler.config.patch(cache_key_tag=cache_tag), torch.no_grad():
         run = compile_fx(gm, inputs)
     return lambda args: run(*args)
 
@@ -171,7 +173,7 @@ def module_name(path: str) -> str:
     """Dynamo's name of a module ("L['self'].model.layers[0].mlp", or with _modules['..']) as Python's qualified name."""
     import re
 
-    path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", lambda m: "." + next(g for g in m.groups() if g is not None), path)
+    path = re.sub(r"(?:\._modules)?\['([^']*)'\]|\[(\d+)\]", lambda m: f".{m[1] or m[2]}", path)
     return re.sub(r"^L?\.?(self|fn|mod)?\.?", "", path)
 
 

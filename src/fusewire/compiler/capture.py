@@ -1,6 +1,7 @@
 """torch.compile hands us one graph for each specialisation; we run the plan that fits the token count."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -44,6 +45,8 @@ class Compiled:
         self.plan = self.config.plan
         self._run = torch.compile(self.model, backend=self._backend, fullgraph=True)
         forward = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        modules = self.model.modules() if isinstance(self.model, torch.nn.Module) else ()
+        self._hooked = [m for m in modules if m._backward_hooks]
         self._signature = inspect.signature(forward)
         functools.update_wrapper(self, forward, updated=())
 
@@ -53,7 +56,10 @@ class Compiled:
             t = bound.get(name)
             if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
                 torch._dynamo.mark_dynamic(t, dim)
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for m in self._hooked:  # training's business, which Dynamo refuses to trace
+                stack.callback(setattr, m, "_backward_hooks", m._backward_hooks)
+                m._backward_hooks = {}
             try:
                 return self._run(*args, **kwargs)
             except _Captured:

@@ -53,8 +53,8 @@ class Verified:
         bits = (f"all {self.logits} logits bitwise equal" if self.changed == 0 else
                 f"{self.changed} of {self.logits} logits differ, by at most {self.max_error:.2e} of the largest")
         ppl = "" if math.isnan(self.perplexity) else f"; perplexity {self.perplexity:.4f}, unfused {self.perplexity_unfused:.4f}"
-        return (f"{self.plan} against unfused ({self.codegen} code, {self.texts} texts, {self.tokens} tokens): {bits}; greedy tokens "
-                f"{'equal' if self.tokens_equal else 'DIFFER'}{ppl}")
+        return (f"{self.plan} against unfused ({self.codegen} code, {self.texts} texts, {self.tokens} tokens): {bits}; "
+                f"greedy tokens {'equal' if self.tokens_equal else 'DIFFER'}{ppl}")
 
 
 def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts: list[str],

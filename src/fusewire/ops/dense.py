@@ -26,7 +26,8 @@ def _relaid(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
 def _product(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     block = formats.get(fmt).parts[0].block[1]
     if x[0].shape[1] != w[0].shape[1]:
-        raise FormatError(f"matmul: x has k = {x[0].shape[1] * block} and the weight has {w[0].shape[1] * block}; they must be equal")
+        ks = x[0].shape[1] * block, w[0].shape[1] * block
+        raise FormatError(f"matmul: x has k = {ks[0]} and the weight has {ks[1]}; they must be equal")
     return x[0].new_empty((x[0].shape[0], w[0].shape[0]), dtype=dtype)
 
 

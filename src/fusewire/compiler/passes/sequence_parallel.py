@@ -11,7 +11,7 @@ from ... import compat
 from ...op import op_of
 from ...ops.collectives import all_gather, all_reduce, all_reduce_max, nbytes, reduce_scatter, shard, world_size
 from ...ops.dense import amax, linear, quantize, relayout
-from ..rewrite import Verdict, arg, call, fused, missed, outputs, producer, replace, rule, sites_of, users, val
+from ..rewrite import Verdict, arg, call, describe, fused, missed, outputs, producer, replace, rule, sites_of, users, val
 from ..tokens import local_args, same_on_all_ranks, token_args
 
 
@@ -70,11 +70,12 @@ def sink_all_gather(n: fx.Node) -> Verdict | None:
     swizzled = o is quantize and travels != arg(n, "fmt")
     if not swizzled and not all(v.dim() and compat.known_true(v.shape[0] == val(cut[0]).shape[0]) for v in values):
         return missed("not every output of it has the tokens as its first dim")
-    stays = {a: [u.name for u in users(g) if not _is_sinkable(u, a)] for a, g in gathers.items()}
+    stays = {a: [u for u in users(g) if not _is_sinkable(u, a)] for a, g in gathers.items()}
     freed = sum(nbytes([val(a)]) for a in gathers if not stays[a])
     if not compat.known_true(freed >= nbytes(values)):
-        blockers = ", ".join(name for names in stays.values() for name in names)
-        return missed(f"gathering {n.name} as well would add {w - 1}/{w} of {nbytes(values)} bytes, since {blockers} needs the whole tensor")
+        whole = [u for blockers in stays.values() for u in blockers]
+        return missed(f"gathering {n.name} as well would add {w - 1}/{w} of {nbytes(values)} bytes, since {describe(whole)} needs "
+                      "the whole tensor")
     sites = sites_of(*gathers.values())[-1:]  # the newest: an older one is the residual's, accounted for where it was read
     with graph.inserting_before(n):
         swap = {a: gathers[a].args[0][0] if a in gathers else call(graph, shard, a, group) for a in cut}
