@@ -295,7 +295,7 @@ class Builder:
         self.formats_used.add(fmt)
         if fmt == "bf16":
             return [x], []
-        if fmt == "fp8_token" and self.chance(0.4):
+        if fmt == "fp8_token" and self.chance(0.7):
             self.note("quantize by hand")
             y = self.cast(x, torch.float32)
             if self.chance(0.3):
@@ -329,6 +329,9 @@ class Builder:
 
         w = [self.input("w", t.shape, t.dtype, part(i)) for i, t in enumerate(made)]
         b = self.random("bias", (n,), same=same) if bias else None
+        if fmt != "bf16" and self.chance(0.1):
+            self.note("float32 result")
+            return self.cast(self.call(matmul, x, params, w, b, fmt, torch.float32), dtype)
         if fmt != "bf16":
             if self.chance(0.15):  # an operand that exists only from here on
                 self.note("late weight")
@@ -415,6 +418,8 @@ class Builder:
             "twice": lambda: self.call(aten.add.Tensor, h, h),
             "cast": lambda: self.cast(self.cast(h, torch.float32), v.dtype) if v.dtype != torch.float32 else h,
         }
+        if dim == 3:  # its rows are not the first dim's
+            choices["positions"] = lambda: self.call(aten.add.Tensor, h, self.random("pos", (self.size, width), same=True))
         if not self.symbolic and self.tokens:
             choices["rows changed"] = lambda: self.call(aten.reshape.default, self.call(aten.cumsum.default, self.call(
                 aten.reshape.default, h, [2 * self.tokens, width // 2]), 1, dtype=v.dtype), list(v.shape))
@@ -458,7 +463,8 @@ class Builder:
 
     def build(self) -> Program:
         r = self.rng
-        fmt = "bf16" if self.chance(0.15) else r.choice(FORMATS)
+        # fp8_token more often than the others, as it is also spelled by hand
+        fmt = r.choices(FORMATS, (20, 8, 28, 8, 10, 8, 10, 8))[0]
         if self.chance(0.5):
             residual, x = None, self.all_reduce(self.activation("h", self.hidden, same=False))  # a vocab-parallel embedding
         else:
@@ -489,6 +495,10 @@ class Builder:
             if self.chance(0.06):
                 self.note("reduced is an output")
                 self.outputs.append(x)
+            if self.chance(0.06):  # as the logits of the last token alone
+                self.note("last rows")
+                last = self.call(aten.slice.Tensor, r.choice((residual, normed)), 0, -1, 2**63 - 1)
+                self.outputs.append(self.call(aten.mul.Tensor, last, 2.0))
             if self.chance(0.06):  # a second reader of the residual, with a norm of its own
                 self.outputs.append(self.norm(residual, None)[0])
         end = r.choices(("norm", "sum", "reduced", "head"), (35, 15, 15, 35))[0]
@@ -499,6 +509,9 @@ class Builder:
             self.outputs += [normed, total] if self.chance(0.3) else [normed]
         else:
             self.outputs.append(x if end == "reduced" else self.call(aten.add.Tensor, x, residual))
+        return self.finish()
+
+    def finish(self) -> Program:
         self.graph.output(tuple(self.outputs))
         self.graph.lint()
         full = self.symbolic or self.chance(0.07)
@@ -517,6 +530,60 @@ def program(seed: int) -> Program:
     """The random program number `seed`; the same in every process."""
     with torch.no_grad():
         return Builder(seed).build()
+
+
+class Fixed(Builder):
+    """16-bit programs of 8 tokens and width 32 on 4 ranks, made of the same pieces."""
+
+    def __init__(self, tokens: int = 8):
+        super().__init__(0)
+        self.rng = random.Random(0)
+        self.world, self.groups, self.dtype, self.special, self.hidden = 4, groups(4), torch.bfloat16, "", 32
+        self.group, self.graph, self.makers, self.notes = self.groups[0], fx.Graph(), [], []
+        self.symbolic, self.wide, self.batch, self.mode = False, False, 1, torch.device("meta")
+        self.size = self.seq = self.tokens = self.rows = tokens
+        self.sizes = [tokens]
+
+    def reduced(self, g: Group | None = None) -> fx.Node:
+        return self.call(all_reduce, self.random("x", (self.tokens, self.hidden), same=False), (g or self.group).name)
+
+    def doubled(self, x: fx.Node) -> fx.Node:
+        return self.call(aten.mul.Tensor, x, 2.0)
+
+
+def _flat_halves(b: Fixed, h: fx.Node) -> fx.Node:
+    return b.call(aten.reshape.default, h, [2 * b.tokens, b.hidden // 2])
+
+
+def _normed_sums(b: Fixed, h: fx.Node) -> list:
+    """A dynamic scale of a norm: what has to be known before its quantize is made of the norm itself."""
+    normed = b.call(rms_norm, h, b.norm_weight(b.hidden), 1e-5, 0.0, False)
+    params = b.call(params_from_amax, b.call(amax, normed), "nvfp4")
+    return [b.matmul(b.call(quantize, normed, params, "nvfp4"), params, b.hidden, 16, "nvfp4")]
+
+
+CRAFTED: dict[str, Callable[[Fixed], list]] = {
+    "a sum over half of the ranks meets one over all": lambda b: [b.call(
+        aten.add.Tensor, b.reduced(), b.call(aten.flip.default, b.reduced(b.groups[2]), [0]))],
+    "what differs between ranks meets a sum": lambda b: [b.call(aten.add.Tensor, b.reduced(), b.matmul(
+        [b.random("x", (b.tokens, b.hidden), same=True)], [], b.hidden, b.hidden, "bf16"))],
+    "casts to two dtypes": lambda b: (lambda h: [b.cast(h, torch.float32), b.cast(h, torch.float16)])(b.reduced()),
+    "a sum over the tokens": lambda b: [b.call(aten.sum.dim_IntList, b.reduced(), [0], True)],
+    "the last token": lambda b: [b.doubled(b.call(aten.slice.Tensor, b.reduced(), 0, -1, 2**63 - 1))],
+    "a view of other rows": lambda b: [b.call(aten.cumsum.default, _flat_halves(b, b.reduced()), 1)],
+    "a square and its transpose": lambda b: (lambda h: [b.call(aten.add.Tensor, h, b.call(aten.t.default, h))])(b.reduced()),
+    "a scale that its norm makes": lambda b: _normed_sums(b, b.reduced()),
+    "a strided residual": lambda b: [b.call(add_rms_norm, b.reduced(), b.call(aten.t.default, b.random(
+        "h", (b.hidden, b.tokens), same=True)), b.norm_weight(b.hidden), 1e-5, 1.0, False)[0]],
+}
+
+
+def crafted(name: str) -> Program:
+    """A small program around one thing that random ones meet rarely."""
+    b = Fixed(32 if "square" in name else 8)
+    with torch.no_grad():
+        b.outputs = CRAFTED[name](b)
+        return replace(b.finish(), full=False, exact=False, notes=[name])
 
 
 # --- evaluating
