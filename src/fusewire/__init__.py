@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .compiler.explain import explain
     from .config import Bounds, Config
     from .engine.generate import generate
-    from .models import load, parallelize, static_cache
+    from .models import load, parallelize, static_cache  # type: ignore[no-redef]
 
 
 def __getattr__(name: str) -> Any:

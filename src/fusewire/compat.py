@@ -164,7 +164,7 @@ def inductor(gm: torch.fx.GraphModule, inputs: list, cache_tag: str):
     from torch.utils._python_dispatch import _disable_current_modes
 
     # At run time, where this is called, AOT watches the first call with a mode of its own, which compiling must not meet.
-    with _disable_current_modes(), torch.compiler.config.patch(cache_key_tag=cache_tag), torch.no_grad():
+    with _disable_current_modes(), torch.compiler.config.patch(cache_key_tag=cache_tag), torch.no_grad():  # type: ignore[attr-defined]
         run = compile_fx(gm, inputs)
     return lambda args: run(*args)
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ _SHOWN = 120  # characters of a value that a sentence shows
 _calls: Counter[tuple[str, str]] = Counter()
 
 
-def agree(over: group.Group | dist.ProcessGroup, topic: str, facts: dict[str, object], timeout_s: float = 60.0) -> None:
+def agree(over: group.Group | dist.ProcessGroup, topic: str, facts: Mapping[str, object], timeout_s: float = 60.0) -> None:
     """Return when every rank of the group holds the same `facts`; a group that is not of processes agrees with itself.
 
     over       a Group or a torch process group

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import fx
@@ -85,7 +85,7 @@ class Op:
 
     def select(self, *args) -> Choice:
         """The first backend that supports these args (real or fake), else the reference; and why the earlier ones do not."""
-        refused = []
+        refused: list[str] = []
         for b in self.backends:
             if (why := b.supports(*args)) is None:
                 return Choice(b, refused)
@@ -93,12 +93,20 @@ class Op:
         return Choice(self._reference, refused)
 
 
-def op(reference: Callable | None = None, **facts) -> Op | Callable[[Callable], Op]:
+@overload
+def op(reference: Callable, /) -> Op: ...
+
+
+@overload
+def op(**facts: Any) -> Callable[[Callable], Op]: ...
+
+
+def op(reference=None, **facts):
     """Declare an op from its reference; `facts` are `Op`'s fields."""
     return Op(reference, **facts) if reference else lambda f: Op(f, **facts)
 
 
-def op_of(n: object) -> Op | None:
+def op_of(n: object) -> Any:
     """The op that a graph node calls, whichever backend it names; None for anything else."""
     if isinstance(n, fx.Node) and isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "fusewire":
         return OPS[n.target._opname]

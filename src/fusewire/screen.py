@@ -27,9 +27,8 @@ def share(after: int, before: int) -> str:
 def sites(console: Console, report: Report) -> None:
     """One line for each collective of the model."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("module", "left"), ("was", "left"), ("verdict", "left"), ("why", "left"), ("before", "right"),
-                          ("after", "right"), ("backend", "left")):
-        table.add_column(name, justify=justify, overflow="fold")
+    for name in ("module", "was", "verdict", "why", "before", "after", "backend"):
+        table.add_column(name, justify="right" if name in ("before", "after") else "left", overflow="fold")
     for s in report.sites:
         table.add_row(s.module or "?", s.what, MARK[s.verdict], s.why, size(s.sent_before), size(s.sent_after), _backend(s))
     console.print(table)

@@ -185,4 +185,5 @@ def check_strict(found: Capture) -> None:
     for plan in found.range_of(size).plans.values():
         if bad := report(found, size, plan).avoidable_misses:
             raise StrictError(f"strict: {len(bad)} of {len(found.sites)} collectives are not fused in the "
-                              f"{plan.name} plan, the first in {bad[0].module or 'the model'}: {bad[0].why}; fix that, or switch the rule off to accept it")
+                              f"{plan.name} plan, the first in {bad[0].module or 'the model'}: {bad[0].why}; fix that, or switch "
+                              "the rule off to accept it")

@@ -201,7 +201,7 @@ def carry(gm: fx.GraphModule, multiples: dict) -> tuple[compat.Shapes, fx.GraphM
 
 def number_sites(graph: fx.Graph) -> list[Site]:
     """Number the collectives in order and write the numbers into the graph."""
-    found = []
+    found: list[Site] = []
     for n in graph.nodes:
         if (o := op_of(n)) in (all_reduce, all_gather, reduce_scatter):
             found.append(Site(len(found), module_of(n), o.name))

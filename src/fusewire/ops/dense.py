@@ -16,7 +16,7 @@ def _parts(fmt: str, tokens: int, k: int, like: Tensor) -> list[Tensor]:
 
 def _quantized(x: Tensor, params: list[Tensor], fmt: str) -> list[Tensor]:
     formats.get(fmt).check(x)
-    return _parts(fmt, *x.shape, x)
+    return _parts(fmt, x.shape[0], x.shape[1], x)
 
 
 def _relaid(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
