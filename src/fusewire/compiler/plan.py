@@ -146,8 +146,10 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
     timed(timings, "merge_equal_calls", merge_equal_calls, base.graph)
     verdicts += run(base.graph, [tokens.cancel_views], timings)
 
-    reduced = [n for n in base.graph.nodes if op_of(n) is all_reduce]
-    counts = {compat.expression(val(n).shape[0]) for n in reduced if val(n).dim() > 1} or {0}
+    reduced = [n for n in base.graph.nodes if op_of(n) in (all_reduce, reduce_scatter)]
+    sending = reduced or [n for n in base.graph.nodes if op_of(n) is all_gather]  # its sizes are needed to count bytes
+    sent = [val(n.args[0] if isinstance(n.args[0], fx.Node) else n.args[0][0]) for n in sending]
+    counts = {compat.expression(math.prod(v.shape[:-1])) for v in sent if v.dim() > 1} or {0}
     count = max(counts, key=str)
     symbols = {s for c in counts for s in getattr(c, "free_symbols", ())}
     symbol = min(symbols, key=str, default=None)
@@ -155,7 +157,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
     w = math.lcm(*(world_size(n.args[1]) for n in reduced))
     missing = ""
     if not reduced:
-        missing = "the model has no all_reduce to split"
+        missing = "the model has no reduction to split"
     elif len(symbols) > 1:
         missing = f"the token count depends on {len(symbols)} sizes that vary; let one dimension be dynamic, not several"
     elif symbol is None and (odd := [c for c in counts if c % w]):

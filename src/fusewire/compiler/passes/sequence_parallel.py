@@ -37,7 +37,7 @@ def _gather_of(n: fx.Node) -> fx.Node | None:
 
 
 def _is_sinkable(n: fx.Node, gathered: fx.Node) -> bool:
-    return op_of(n) is amax or gathered in (token_args(n) or ())
+    return op_of(n) is amax or n.op == "call_function" and gathered in (token_args(n) or ())
 
 
 @rule(amax)
@@ -72,10 +72,15 @@ def sink_all_gather(n: fx.Node) -> Verdict | None:
         return missed("not every output of it has the tokens as its first dim")
     stays = {a: [u for u in users(g) if not _is_sinkable(u, a)] for a, g in gathers.items()}
     freed = sum(nbytes([val(a)]) for a in gathers if not stays[a])
-    if not compat.known_true(freed >= nbytes(values)):
+    olds = outputs(n) if isinstance(n.meta["val"], (list, tuple)) else {0: n}
+    # what nobody reads costs nothing, and what only ops read that the gather sinks below as well does not stay: a residual
+    here = [v for i, v in enumerate(values) if i in olds and not all(_is_sinkable(u, olds[i]) for u in olds[i].users)]
+    if swizzled:  # scales travel linear, so their padding does not count
+        here = quantize.fake(val(arg(n, "x")), [], travels)
+    if not compat.known_true(freed >= nbytes(here)):
         whole = [u for blockers in stays.values() for u in blockers]
-        return missed(f"gathering {n.name} as well would add {w - 1}/{w} of {nbytes(values)} bytes, since {describe(whole)} needs "
-                      "the whole tensor")
+        return missed(f"gathering {n.name} as well would add {w - 1}/{w} of {nbytes(here)} bytes, since "
+                      f"{describe(whole) if whole else 'a later op'} needs the whole tensor")
     sites = sites_of(*gathers.values())[-1:]  # the newest: an older one is the residual's, accounted for where it was read
     with graph.inserting_before(n):
         swap = {a: gathers[a].args[0][0] if a in gathers else call(graph, shard, a, group) for a in cut}
@@ -94,7 +99,6 @@ def sink_all_gather(n: fx.Node) -> Verdict | None:
             full = [call(graph, all_gather, [y], group, sites=sites)[0] for y in (local if isinstance(local, list) else [local])]
         if swizzled:
             full = call(graph, relayout, full, travels, arg(n, "fmt"), val(cut[0]).shape[1], sites=sites)
-    olds = outputs(n) if isinstance(n.meta["val"], (list, tuple)) else {0: n}
     for i, old in olds.items():
         replace(old, full[i])
     return fused(o.name if o else n.target._opname)
