@@ -37,7 +37,7 @@ def _gather_of(n: fx.Node) -> fx.Node | None:
 
 
 def _is_sinkable(n: fx.Node, gathered: fx.Node) -> bool:
-    return op_of(n) is amax or n.op == "call_function" and gathered in (token_args(n) or ())
+    return op_of(n) is amax or (n.op == "call_function" and gathered in (token_args(n) or ()))
 
 
 @rule(amax)
