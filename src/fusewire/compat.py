@@ -18,6 +18,21 @@ def process_group_store(pg: ProcessGroup) -> torch.distributed.Store:
     return _get_process_group_store(pg)
 
 
+def symmetric_memory(nbytes: int, group: str, device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """uint8 (nbytes,) that every rank of a process group can write to, and its address on each rank as seen from here.
+
+    A collective. Freed with the tensor, which must therefore outlive every kernel of every rank that uses it. NVLink multicast
+    is never used: on a shared host it can take GPUs out of service.
+    """
+    import os
+
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when memory is allocated
+    memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
+    return memory, list(_SymmetricMemory.rendezvous(memory, group).buffer_ptrs)
+
+
 def group_name(arg: object) -> str:
     """The group argument of a functional collective in a graph: a string, or in 2.13 a process group or a node."""
     if isinstance(arg, str):

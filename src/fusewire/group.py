@@ -19,6 +19,7 @@ from .errors import FusewireError
 
 _made: dict[str, Group] = {}
 _barriers: dict[str, threading.Barrier] = {}
+_releases: dict[str, list[Callable[[], None]]] = {}
 _count = itertools.count()
 _thread = threading.local()
 
@@ -67,6 +68,16 @@ def fake_group(world_size: int, rank: int = 0) -> Group:
         raise FusewireError(f"a fake group of {world_size} ranks cannot communicate: it exists to explain a model, not to run it")
 
     return _register(Group(f"fake{next(_count)}", world_size, lambda: rank, refuse, refuse))
+
+
+def loopback_group(world_size: int, rank: int = 0) -> Group:
+    """One process that plays all ranks: whatever it sends, each peer is taken to have sent the same to it. It times kernels
+    and protocols without the wire."""
+
+    def all_to_all(x: Tensor) -> Tensor:
+        return x.chunk(world_size)[rank].repeat(world_size)
+
+    return _register(Group(f"loopback{next(_count)}", world_size, lambda: rank, lambda x: x.repeat(world_size), all_to_all))
 
 
 def simulated_group(world_size: int, timeout_s: float = 60.0) -> Group:
@@ -121,8 +132,15 @@ def simulate(group: Group, program: Callable[[int], object]) -> list:
     return results
 
 
+def on_close(name: str, release: Callable[[], None]) -> None:
+    """Have `release` called when the group called `name` is closed: whoever keeps memory for a group frees it there."""
+    _releases.setdefault(name, []).append(release)
+
+
 def close(group: Group) -> None:
-    """Forget a fake or simulated group."""
+    """Free what is kept for a group; one that was made here is forgotten. Close a process group's before it is destroyed."""
+    for release in _releases.pop(group.name, []):
+        release()
     _made.pop(group.name, None)
     _barriers.pop(group.name, None)
 

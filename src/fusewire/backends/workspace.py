@@ -1,0 +1,212 @@
+"""The memory of a group that kernels of every rank write to: allocated once, before the first run, never grown.
+
+How kernels use it (an *exchange* is one launch of one op, the same on all ranks, with the same shapes):
+
+*   Every exchange has an epoch, the same number on every rank, kept in device memory so that a CUDA graph replays with new
+    ones. It reads and writes only the half `epoch % 2` of data and flags, on its own rank and on the others.
+*   A flag is an int32 that holds the epoch of the exchange that last set it. To push: store the data to the peer, then store the
+    epoch to its flag with release semantics at system scope. To receive: load the flag with acquire semantics at system
+    scope until it *equals* the epoch, then read the data, which now lies in local memory.
+*   In every exchange every rank waits for something from every peer. That makes two halves enough: a rank that starts epoch
+    e + 2 has finished e + 1, so every peer has started e + 1, and so (kernels of one stream run one after the other) has
+    finished e and reads nothing of that half any more.
+*   Hence all exchanges of a group run on one stream, in the same order on all ranks, and a rank replays a graph as often as its
+    peers do. Kernels that start before their predecessor ended (programmatic dependent launch) would break this.
+*   A wait is bounded: after `limit_s` the kernel writes what it waited for to `report`, in host memory, where a thread finds
+    it, prints one sentence and ends the process. A rank that ends takes its peers along, by their own limits at the latest.
+
+Flags, epochs and everything else that is waited for are compared as integers.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import compat, consensus
+from .. import group as groups
+from ..errors import FusewireError, InputError
+
+BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
+REPORT_WORDS = 8
+EXIT_CODE = 70  # of a process that a bounded wait ended
+_ALIGN = 256
+_POLL_S = 0.02
+
+_open: dict[str, Workspace] = {}
+_ops: list[str] = []
+
+
+@dataclass(eq=False)
+class Workspace:
+    """One group's memory, as this rank sees it.
+
+    group       the group's name
+    rank, world_size
+    nbytes      of data in each half
+    flag_count  int32 flags in each half
+    loopback    one process plays all ranks: every address below is this rank's own, and a kernel that pushes to peer p writes
+                where p's own push would have arrived
+    data        int64 (world_size,) on the device: address of each rank's data, half 0 then half 1 after `nbytes`
+    flags       int64 (world_size,) on the device: address of each rank's flags, likewise (4 * flag_count bytes a half)
+    state       int64 (1,) on the device: epoch << 32 | how many programs of the running kernel have read it. One atomic add
+                tells a program both, and the last of them to come knows that it may set the next epoch.
+    report      int64 (REPORT_WORDS,) in pinned host memory: [op number, epoch, row, flag seen, peer], see `sentence`
+    limit_s     how long a kernel may wait
+    """
+
+    group: str
+    rank: int
+    world_size: int
+    nbytes: int
+    flag_count: int
+    loopback: bool
+    device: torch.device
+    limit_s: float
+    data: Tensor
+    flags: Tensor
+    state: Tensor
+    report: Tensor
+    memory: Tensor | None
+    process_group: dist.ProcessGroup | None
+
+    @property
+    def limit_ns(self) -> int:
+        return int(self.limit_s * 1e9)
+
+    def need(self, op: str, nbytes: int, flag_count: int) -> None:
+        """FusewireError unless `op` can have so many bytes of data and flags in a half."""
+        nbytes = max(nbytes, flag_count * BYTES_PER_FLAG)
+        if nbytes > self.nbytes:
+            raise FusewireError(
+                f"{op}: it needs {nbytes} bytes of the workspace of group {self.group!r}, which has {self.nbytes}; open it with "
+                f"workspace.open(group, {nbytes}) before the first run, or give fewer tokens at once"
+            )
+
+    def epoch(self) -> int:
+        """The epoch of the next exchange; waits for the device."""
+        return int(self.state.item()) >> 32
+
+
+def open(group: str, nbytes: int, device: torch.device | str | None = None, limit_s: float | None = None) -> Workspace:
+    """Make the workspace of a group; every rank calls this with the same arguments before the first run.
+
+    group    of processes with one CUDA device each (or, with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, sharing one), or a
+             loopback group
+    nbytes   of data in each of the two halves; an op's error names what it needs
+    device   this rank's CUDA device; None: the current one
+    limit_s  how long a kernel waits for a peer before it ends the process; None: FUSEWIRE_WAIT_LIMIT_S, or 30 seconds
+
+    A workspace that is already open and large enough is returned as it is. It is freed by `group.close`, or by `close` here.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise FusewireError(f"the workspace of group {group!r} cannot be made while a CUDA graph is captured; "
+                            "run the model once, or open the workspace, before the capture")
+    if nbytes < 1:
+        raise InputError(f"a workspace of {nbytes} bytes holds nothing; give the bytes of one exchange")
+    if (old := find(group)) is not None:
+        if nbytes > old.nbytes:
+            raise FusewireError(f"the workspace of group {group!r} has {old.nbytes} bytes and cannot grow to {nbytes}, as captured "
+                                "graphs hold its addresses; close it first, or open it with the larger size at once")
+        return old
+    g = groups.resolve(group)
+    made_here = group in groups._made
+    loopback = made_here and group.startswith("loopback")
+    if made_here and not loopback:
+        raise InputError(f"the group {group!r} is not one of processes, so its ranks cannot share device memory; use a process "
+                         "group or a loopback group")
+    if not torch.cuda.is_available():
+        raise FusewireError(f"the workspace of group {group!r} needs a CUDA device, and there is none here")
+    dev = torch.device(device or "cuda")
+    if dev.index is None:
+        dev = torch.device("cuda", torch.cuda.current_device())
+    limit_s = limit_s or float(os.environ.get("FUSEWIRE_WAIT_LIMIT_S", "30"))
+    nbytes = -(-nbytes // _ALIGN) * _ALIGN
+    flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
+    flag_bytes = 2 * 4 * flag_count
+    consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s})
+    with torch.cuda.device(dev):
+        pg: dist.ProcessGroup | None = None
+        if loopback:
+            memory = torch.empty(flag_bytes + 2 * nbytes, dtype=torch.uint8, device=dev)
+            bases = [memory.data_ptr()] * g.world_size
+        else:
+            pg = compat.process_group(group)
+            memory, bases = compat.symmetric_memory(flag_bytes + 2 * nbytes, group, dev)
+        memory[:flag_bytes].zero_()
+        workspace = Workspace(
+            group, g.rank(), g.world_size, nbytes, flag_count, loopback, dev, limit_s,
+            data=_addresses([b + flag_bytes for b in bases], dev), flags=_addresses(bases, dev),
+            state=torch.full((1,), 1 << 32, dtype=torch.int64, device=dev),  # flags start at 0, epochs at 1
+            report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), memory=memory, process_group=pg,
+        )
+        torch.cuda.synchronize(dev)
+    consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags are not zero yet
+    _open[group] = workspace
+    groups.on_close(group, lambda: close(group))
+    threading.Thread(target=_watch, args=(workspace,), daemon=True, name=f"fusewire-watch-{group}").start()
+    return workspace
+
+
+def _addresses(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device)
+
+
+def find(group: str) -> Workspace | None:
+    """The open workspace of a group; None if there is none, or if it belonged to a process group that is gone."""
+    workspace = _open.get(group)
+    if workspace is not None and workspace.process_group is not None:
+        try:
+            same = compat.process_group(group) is workspace.process_group
+        except (RuntimeError, ValueError, LookupError):  # destroyed
+            same = False
+        if not same:
+            close(group)
+            return None
+    return workspace
+
+
+def of(group: str) -> Workspace:
+    """The open workspace of a group, or a FusewireError that says how to get one."""
+    if (workspace := find(group)) is None:
+        when = " before the capture" if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing() else ""
+        raise FusewireError(f"the group {group!r} has no workspace; call workspace.open(group, nbytes) on every rank{when}")
+    return workspace
+
+
+def close(group: str) -> None:
+    """Free a group's workspace, once this rank's kernels are done with it. Graphs that were captured with it are dead."""
+    if (workspace := _open.pop(group, None)) is not None:
+        torch.cuda.synchronize(workspace.device)
+        workspace.memory = None
+
+
+def op_number(name: str) -> int:
+    """The number by which a kernel names its op in a report."""
+    if name not in _ops:
+        _ops.append(name)
+    return _ops.index(name) + 1  # 0 means: nothing to report
+
+
+def sentence(workspace: Workspace, report: Sequence[int]) -> str:
+    """What a report of a wait that lasted too long says."""
+    op, epoch, row, seen, peer = report[:5]
+    return (f"rank {workspace.rank} of group {workspace.group!r} waited {workspace.limit_s:g} s in {_ops[op - 1]}, epoch {epoch}, "
+            f"row {row}, for rank {peer}, whose flag held {seen}; that rank ended, is in another op, or replayed fewer graphs")
+
+
+def _watch(workspace: Workspace) -> None:
+    """End the process when a kernel reports that it waited too long: its context is lost, and its peers wait for it."""
+    while workspace.memory is not None:
+        if workspace.report[0] != 0:
+            time.sleep(_POLL_S)  # the first word is written last, but by another device
+            print(f"fusewire: {sentence(workspace, workspace.report.tolist())}", file=sys.stderr, flush=True)
+            os._exit(EXIT_CODE)
+        time.sleep(_POLL_S)
