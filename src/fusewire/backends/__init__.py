@@ -1,4 +1,4 @@
 """How the ops run. Importing this registers every backend that this machine could have, in the order in which they are tried."""
-from . import aten
+from . import aten, triton
 
-__all__ = ["aten"]
+__all__ = ["aten", "triton"]

@@ -1,0 +1,312 @@
+"""Triton kernels. Only the backends beside this file import it, when they run: Triton comes with CUDA builds of torch alone."""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+_FLT_MAX = tl.constexpr(3.4028234663852886e38)
+_TINY = tl.constexpr(2.0**-126)
+_SIXTH = tl.constexpr(1 / 6)
+_AFTER_REPORT_NS = tl.constexpr(5_000_000_000)  # time for the host to find a report and end the process
+
+
+# ---- flags and epochs: backends/workspace.py says why this is enough ----
+
+
+@triton.jit
+def _acquire(flag):
+    """The int32 at `flag`. All threads load it, so what it guards is visible to each; all lanes of a warp get lane 0's value,
+    so that a warp leaves a loop over it as one, whatever the lanes saw."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 v; ld.acquire.sys.global.b32 v, [$1]; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }",
+        "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _end_late(flag, epoch, row, peer, seen, report, op, limit_ns):
+    """Say what a wait was for, give the host time to print it and end the process, then end the CUDA context."""
+    tl.store(report + 1, epoch.to(tl.int64))
+    tl.store(report + 2, tl.cast(row, tl.int64))
+    tl.store(report + 3, tl.cast(seen, tl.int64))
+    tl.store(report + 4, tl.cast(peer, tl.int64))
+    tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(report, op.to(tl.int64))
+    start = globaltimer()
+    while globaltimer() - start < _AFTER_REPORT_NS:
+        _acquire(flag)
+    tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _wait(flag, epoch, row, peer, report, op, limit_ns):
+    """Until the flag equals the epoch, or `limit_ns` have passed."""
+    seen = _acquire(flag)
+    if seen != epoch:
+        start = globaltimer()
+        late = False
+        while (seen != epoch) & (not late):
+            seen = _acquire(flag)
+            late = globaltimer() - start > limit_ns
+        if seen != epoch:
+            _end_late(flag, epoch, row, peer, seen, report, op, limit_ns)
+
+
+@triton.jit
+def _wait_for_words(words, mask, epoch, row, peer, report, op, limit_ns):
+    """The data, int32, of words (int64 pointers) that all carry the epoch; 0 where the mask is false.
+
+    All threads look at the clock alone but go on or end together: a reduction says what the slowest saw.
+    """
+    start = globaltimer()
+    missing = 1
+    word = tl.zeros(words.shape, tl.int64)
+    while missing == 1:
+        word = tl.load(words, mask=mask, other=0, volatile=True)
+        state = tl.where(globaltimer() - start > limit_ns, 2, 1)
+        missing = tl.max(tl.where(mask & ((word >> 32).to(tl.int32) != epoch), state, 0), 0)
+    if missing == 2:
+        seen = tl.min(tl.where(mask, (word >> 32).to(tl.int32), epoch), 0)
+        _end_late(report.to(tl.pointer_type(tl.int32)), epoch, row, peer, seen, report, op, limit_ns)
+    return word.to(tl.int32)
+
+
+@triton.jit
+def _halves(pair, T: tl.constexpr):
+    """Two 16-bit floats of type T in an int32, the first in the low half, as two float32."""
+    if T == tl.bfloat16:
+        return _float(pair << 16), _float(pair & -65536)
+    return ((pair & 65535).to(tl.int16).to(T, bitcast=True).to(tl.float32),
+            ((pair >> 16) & 65535).to(tl.int16).to(T, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def _begin(state):
+    """The epoch of this launch. One atomic reads it and counts this program in, so whoever comes last knows that all have read
+    it, and sets the next one; no program needs to be the last to end."""
+    old = tl.atomic_add(state, 1, sem="relaxed", scope="gpu")
+    programs = tl.num_programs(0).to(tl.int64)
+    if (old & 0xFFFFFFFF) == programs - 1:
+        tl.atomic_add(state, (1 << 32) - programs, sem="relaxed", scope="gpu")
+    return (old >> 32).to(tl.int32)
+
+
+# ---- quantization: the formulas of formats/, bit for bit ----
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _amax_bits(x, AXIS: tl.constexpr):
+    """The largest magnitude as float32 bits. As integers NaN is larger than all else, so it wins, as in torch's amax."""
+    return tl.max(_bits(x) & 0x7FFFFFFF, AXIS)
+
+
+@triton.jit
+def _scale_of(amax):
+    """max(amax / 448, 2^-126), NaN if amax is."""
+    return tl.where(amax != amax, _float(tl.full(amax.shape, 0x7FC00000, tl.int32)), tl.maximum(tl.div_rn(amax, 448.0), _TINY))
+
+
+@triton.jit
+def _e2m1(x):
+    """e2m1 codes 0..15 of float32, int32: nearest, ties to the even code, saturated; NaN is 0."""
+    a = tl.abs(x)
+    code = ((a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
+            + (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32))
+    return tl.where(x != x, 0, code | ((_bits(x) >> 28) & 8))
+
+
+@triton.jit
+def _scale_at(row, columns, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr):
+    """Where the scales of a row lie in the scale part."""
+    if SWIZZLED:
+        return ((row // 128 * ((COLUMNS + 3) // 4) + columns // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + columns % 4)
+    return row * COLUMNS + columns
+
+
+@triton.jit
+def _quantize(y, row, parameter, data, scales,
+              HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr):
+    """Write the parts of one row. y: float32 (BLOCK,), zero from HIDDEN on."""
+    at = tl.arange(0, BLOCK)
+    if FMT == "fp8_tensor":
+        tl.store(data + row * HIDDEN + at, tl.div_rn(y, tl.load(parameter)).to(tl.float8e4nv), mask=at < HIDDEN)
+    elif FMT == "fp8_token":
+        scale = _scale_of(_float(_amax_bits(y, 0)))
+        tl.store(data + row * HIDDEN + at, tl.div_rn(y, scale).to(tl.float8e4nv), mask=at < HIDDEN)
+        tl.store(scales + row, scale)
+    else:
+        SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
+        COLUMNS: tl.constexpr = (HIDDEN + SIZE - 1) // SIZE
+        blocks = tl.reshape(y, (BLOCK // SIZE, SIZE))
+        columns = tl.arange(0, BLOCK // SIZE)
+        scale_at = scales + _scale_at(row, columns, COLUMNS, SWIZZLED)
+        bits = _amax_bits(blocks, 1)
+        if FMT == "fp8_block":
+            scale = _scale_of(_float(bits))
+            q = tl.reshape(tl.div_rn(blocks, tl.broadcast_to(scale[:, None], (BLOCK // SIZE, SIZE))), (BLOCK,))
+            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=at < HIDDEN)
+            tl.store(scale_at, scale, mask=columns < COLUMNS)
+        elif FMT == "mxfp8":
+            exponent = bits >> 23
+            byte = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
+            # 2^(127 - byte): times it is exactly divided by 2^(byte - 127); byte 255 is NaN
+            encode = _float(tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23))
+            q = tl.reshape(blocks * encode[:, None], (BLOCK,))
+            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=at < HIDDEN)
+            tl.store(scale_at, byte.to(tl.uint8), mask=columns < COLUMNS)
+        else:
+            g = tl.load(parameter)
+            scale = (_float(bits) * (g * _SIXTH)).to(tl.float8e4nv)  # saturates: the formula's clamp
+            decode = scale.to(tl.float32) * tl.div_rn(1.0, g)
+            encode = tl.div_rn(tl.full(decode.shape, 1.0, tl.float32), decode)
+            encode = tl.where(encode > _FLT_MAX, _FLT_MAX, encode)  # NaN stays
+            low, high = tl.split(tl.reshape(_e2m1(blocks * encode[:, None]), (BLOCK // 2, 2)))
+            pairs = tl.arange(0, BLOCK // 2)
+            tl.store(data + row * (HIDDEN // 2) + pairs, (low | high << 4).to(tl.uint8), mask=pairs < HIDDEN // 2)
+            tl.store(scale_at, scale, mask=columns < COLUMNS)
+
+
+# ---- all_reduce_norm_quant ----
+
+
+_UNSPECIALIZED = ["nbytes", "flag_count", "words_nbytes", "rank", "op", "limit_ns", "rows", "eps", "offset"]
+
+
+@triton.jit
+def _sum_by_flags(x, row, epoch, at, inside, peer_data, peer_flags, report, nbytes, flag_count, rank, op, limit_ns, rows,
+                  WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr, WAIT: tl.constexpr):
+    """Push a row (x points to it) to every peer and add what they push: float32, in rank order.
+
+    The slot of (source rank, row) in a half is at element (source * rows + row) * SLOT of x's dtype, its flag at
+    source * rows + row.
+    """
+    T: tl.constexpr = x.dtype.element_ty
+    half = (epoch & 1).to(tl.int64)
+    mine = tl.load(x + at, mask=inside, other=0.0)
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        source = peer if LOOPBACK else rank
+        slot = tl.multiple_of(tl.load(peer_data + peer) + half * nbytes + (source * rows + row) * SLOT * 2, 16)
+        tl.store(tl.multiple_of(slot.to(tl.pointer_type(T)), 16) + at, mine, mask=inside)
+    tl.debug_barrier()  # the stores of all threads come before the release of one
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        source = peer if LOOPBACK else rank
+        flag = tl.load(peer_flags + peer) + half * flag_count * 4 + (source * rows + row) * 4
+        tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
+    own_data = tl.load(peer_data + rank) + half * nbytes
+    own_flags = tl.load(peer_flags + rank) + half * flag_count * 4
+    if WAIT:
+        for i in tl.static_range(1, WORLD):
+            peer = (rank + i) % WORLD
+            flag = own_flags + (peer * rows + row) * 4
+            _wait(flag.to(tl.pointer_type(tl.int32)), epoch, row, peer, report, op, limit_ns)
+    acc = tl.zeros(at.shape, tl.float32)
+    for p in tl.static_range(WORLD):
+        slot = tl.multiple_of(own_data + (p * rows + row) * SLOT * 2, 16)
+        theirs = tl.load(tl.multiple_of(slot.to(tl.pointer_type(T)), 16) + at, mask=inside & (rank != p), other=0.0,
+                         cache_modifier=".cg")
+        part = tl.where(rank == p, mine, theirs).to(tl.float32)
+        acc = part if p == 0 else acc + part  # starting at 0.0 would lose the sign of -0.0
+    return acc
+
+
+@triton.jit
+def _sum_by_words(x, row, epoch, peer_words, report, words_nbytes, rank, op, limit_ns, rows,
+                  WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
+    """The same with words, each with two elements: neither fence nor flag, but twice the bytes.
+
+    The words of (source rank, row) in a half are at (source * rows + row) * (HIDDEN / 2).
+    """
+    T: tl.constexpr = x.dtype.element_ty
+    half = (epoch & 1).to(tl.int64)
+    pairs = tl.arange(0, BLOCK // 2)
+    inside = pairs < HIDDEN // 2
+    mine = tl.load(x.to(tl.pointer_type(tl.int32)) + pairs, mask=inside, other=0)
+    word = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        source = peer if LOOPBACK else rank
+        to = tl.load(peer_words + peer) + half * words_nbytes + (source * rows + row) * (HIDDEN * 4)
+        tl.store(tl.multiple_of(tl.multiple_of(to, 16).to(tl.pointer_type(tl.int64)), 16) + pairs, word, mask=inside)
+    own = tl.load(peer_words + rank) + half * words_nbytes
+    low = tl.zeros(pairs.shape, tl.float32)
+    high = tl.zeros(pairs.shape, tl.float32)
+    for p in tl.static_range(WORLD):
+        at = tl.multiple_of(own + (p * rows + row) * (HIDDEN * 4), 16)
+        words = tl.multiple_of(at.to(tl.pointer_type(tl.int64)), 16) + pairs
+        theirs = mine
+        if rank != p:
+            if WAIT:
+                theirs = _wait_for_words(words, inside, epoch, row, p, report, op, limit_ns)
+            else:
+                theirs = tl.load(words, mask=inside, other=0, volatile=True).to(tl.int32)
+        first, second = _halves(theirs, T)
+        low = first if p == 0 else low + first
+        high = second if p == 0 else high + second
+    return tl.reshape(tl.join(low, high), (BLOCK,))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def all_reduce_norm_quant(
+    x, residual, weight, parameter, total, norm, data, scales,
+    peer_data, peer_flags, peer_words, state, report, nbytes, flag_count, words_nbytes, rank, op, limit_ns,
+    rows, eps, offset,
+    WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WORDS: tl.constexpr, WAIT: tl.constexpr,
+):
+    """One-shot: each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
+
+    A program pushes a row before it waits for the same row of the others, and all programs of a launch fit on the device at
+    once, so nobody waits for a program that has not started.
+
+    x, residual  (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
+    weight       (HIDDEN,) of any float dtype
+    total, norm  (rows, HIDDEN) of x's dtype, contiguous
+    data, scales the parts of FMT, contiguous; parameter its scalar
+    WORDS        push words, for few rows; else data and a flag for each row
+    """
+    T: tl.constexpr = x.dtype.element_ty
+    SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
+    at = tl.arange(0, BLOCK)
+    inside = at < HIDDEN
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    epoch = _begin(state)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row64 = tl.cast(row, tl.int64)
+        if HAS_RESIDUAL:  # under way while the row flies
+            before = tl.load(residual + row64 * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
+        if WORDS:
+            acc = _sum_by_words(x + row64 * X_STRIDE, row64, epoch, peer_words, report, words_nbytes, rank, op, limit_ns, rows,
+                                WORLD, LOOPBACK, HIDDEN, BLOCK, WAIT)
+        else:
+            acc = _sum_by_flags(x + row64 * X_STRIDE, row64, epoch, at, inside, peer_data, peer_flags, report, nbytes, flag_count,
+                                rank, op, limit_ns, rows, WORLD, LOOPBACK, SLOT, WAIT)
+        summed = acc.to(T)
+        if HAS_RESIDUAL:
+            summed = (before.to(tl.float32) + summed.to(tl.float32)).to(T)
+        tl.store(total + row64 * HIDDEN + at, summed, mask=inside)
+        y = summed.to(tl.float32)
+        y = y * tl.rsqrt(tl.div_rn(tl.sum(y * y, 0), HIDDEN * 1.0) + eps)
+        if CAST_FIRST:
+            normed = (w.to(tl.float32) * y.to(T).to(tl.float32)).to(T)
+        elif HAS_OFFSET:
+            normed = (y * (w.to(tl.float32) + offset)).to(T)
+        else:
+            normed = (y * w.to(tl.float32)).to(T)
+        if KEEP_NORM:
+            tl.store(norm + row64 * HIDDEN + at, normed, mask=inside)
+        if FMT != "bf16":
+            y = tl.where(inside, normed.to(tl.float32), 0.0)  # a NaN factor makes NaN of the padding too
+            _quantize(y, row64, parameter, data, scales, HIDDEN, BLOCK, FMT, SWIZZLED)

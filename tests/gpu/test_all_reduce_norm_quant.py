@@ -1,0 +1,294 @@
+"""all_reduce_norm_quant's kernel with 2, 4 and 8 ranks that share one GPU: numbers, graphs, and a rank that stays away.
+
+Sharing proves numbers and protocols, not speed: ranks wait for each other's time slices.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+import time
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for devices must not start CUDA here: ranks are forked
+
+import dist as ranks
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fusewire.backends  # noqa: F401  (registers them)
+from fusewire import formats, group
+from fusewire.backends import workspace
+from fusewire.errors import FusewireError
+from fusewire.ops.fused import all_reduce_norm_quant
+from fusewire.ops.norm import rms_norm
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
+
+WORLDS = (2, 4, 8)
+FORMATS = ("bf16", "fp8_tensor", "fp8_token", "fp8_block", "nvfp4", "mxfp8", "nvfp4:128x4", "mxfp8:128x4")
+TOKENS = (0, 1, 3, 127, 128, 129)
+HIDDEN = {2: (64, 576, 5120, 7168, 8192, 16384), 4: (576, 7168), 8: (576, 8192)}
+MOST = 4096  # tokens, once a format at hidden 8192
+# residual, offset, cast_first, weight's dtype, eps
+VARIANTS = ((True, 0.0, False, torch.bfloat16, 1e-5), (False, 1.0, False, torch.float32, 1e-6),
+            (True, 0.0, True, torch.bfloat16, 1e-6), (True, 1.0, False, torch.bfloat16, 0.0),
+            (False, 0.0, True, torch.float32, 1e-3))
+SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-40, 3.3e38, -3.3e38, 1e-38)
+
+
+def rows(tokens: int, hidden: int, *key: object, special: bool = False) -> Tensor:
+    """The same (tokens, hidden) bf16 on whichever rank asks; with `special`, odd values in every third row."""
+    seed = int.from_bytes(hashlib.sha256(repr((tokens, hidden, key)).encode()).digest()[:7], "little")
+    g = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(tokens, hidden, device="cuda", generator=g) * torch.logspace(-3, 2, tokens, device="cuda")[:, None]
+    x = x.bfloat16()
+    if special:
+        values = torch.tensor(SPECIAL, device="cuda").bfloat16()
+        for i in range(0, tokens, 3):
+            x[i, i % 7::(11, 101, hidden)[i // 3 % 3]] = values[i // 3 % len(values)]
+    return x
+
+
+def ulps(a: Tensor, b: Tensor) -> int:
+    """The largest distance of two bf16 tensors in representable numbers; NaNs are equal."""
+    def order(t: Tensor) -> Tensor:
+        i = t.view(torch.int16).int()
+        return torch.where(i < 0, -(i & 0x7FFF), i)
+
+    distance = (order(a) - order(b)).abs()
+    nan = a.isnan() | b.isnan()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return 1 << 16
+    return int(torch.where(nan, 0, distance).max()) if a.numel() else 0
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, but for which NaN a float32 or bf16 NaN is."""
+    if a.shape != b.shape or a.dtype != b.dtype or not a.numel():
+        return a.shape == b.shape and a.dtype == b.dtype
+    if a.dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.where(t.isnan(), torch.nan, t) for t in (a, b))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def digest(out: list[Tensor]) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).cpu().numpy().tobytes() for t in out)).hexdigest()[:16]
+
+
+def expected_total(xs: list[Tensor], residual: Tensor | None) -> Tensor:
+    total = xs[0].float()
+    for x in xs[1:]:
+        total = total + x
+    total = total.bfloat16()
+    return total if residual is None else residual + total
+
+
+def problems(out: list[Tensor], xs: list[Tensor], residual: Tensor | None, weight: Tensor, eps: float, offset: float,
+             cast_first: bool, params: list[Tensor], fmt: str) -> list[str]:
+    """What is wrong with an op's outputs, of which the norm was kept."""
+    total, norm, *parts = out
+    wrong = []
+    if not same(total, expected_total(xs, residual)):
+        wrong.append(f"the sum differs by {ulps(total, expected_total(xs, residual))} ULP")
+    if (far := ulps(norm, rms_norm.reference(total, weight, eps, offset, cast_first))) > 1:
+        wrong.append(f"the norm is {far} ULP away")
+    if fmt != "bf16":
+        for p, got, want in zip(formats.get(fmt).parts, parts, formats.get(fmt).quantize(norm, params), strict=True):
+            if not same(got, want):
+                n = int((got.reshape(-1).view(torch.uint8) != want.reshape(-1).view(torch.uint8)).sum())
+                wrong.append(f"{n} of {got.numel()} bytes of {p.name} differ")
+    return wrong
+
+
+def params_of(fmt: str) -> list[Tensor]:
+    make = formats.get(fmt).params_from_amax
+    return make(torch.tensor(9.0, device="cuda")) if make else []
+
+
+def connect(nbytes: int = 0, limit_s: float = 60.0) -> str:
+    """Rank side: the default group's name, its workspace open."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    torch.cuda.set_device(0)
+    name = dist.group.WORLD.group_name
+    workspace.open(name, nbytes or dist.get_world_size() * MOST * 8192 * 2, limit_s=limit_s)
+    return name
+
+
+def cases(world: int):
+    """(format, hidden, tokens, variant, special): every format, hidden size, token count; variants by turns."""
+    for i, (fmt, hidden) in enumerate(itertools.product(FORMATS, HIDDEN[world])):
+        if hidden % formats.get(fmt).k_multiple == 0:
+            for j, tokens in enumerate(TOKENS):
+                yield fmt, hidden, tokens, VARIANTS[i % len(VARIANTS)], j % 2 == 1
+            if hidden == 8192:
+                yield fmt, hidden, MOST, VARIANTS[i % len(VARIANTS)], False
+
+
+def numbers(rank: int, world: int) -> dict[str, list]:
+    """Per format: [cases, exchanges, what was wrong, hash of all outputs]."""
+    name = connect()
+    results: dict[str, list] = {fmt: [0, 0, [], ""] for fmt in FORMATS}
+    for fmt, hidden, tokens, (has_residual, offset, cast_first, dtype, eps), special in cases(world):
+        xs = [rows(tokens, hidden, fmt, r, special=special) for r in range(world)]
+        residual = rows(tokens, hidden, fmt, "residual") if has_residual else None
+        weight = (torch.rand(hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(hidden)) + 0.5).to(dtype)
+        params = params_of(fmt)
+        result, seen = results[fmt], []
+        # eager, then captured with other inputs and replayed with these
+        call = functools.partial(all_reduce_norm_quant.target.overloadpacket.triton, weight=weight, eps=eps, offset=offset,
+                                 cast_first=cast_first, params=params, fmt=fmt, group=name)
+        kept = call(xs[rank], residual, keep_norm=True)
+        bare = call(xs[rank], residual, keep_norm=False)
+        seen += problems(kept, xs, residual, weight, eps, offset, cast_first, params, fmt)
+        if not all(map(same, [kept[0], *kept[2:]], bare)):
+            seen.append("without the norm the outputs differ")
+        result[1] += 2
+        if tokens in (3, 129):
+            static = torch.ones_like(xs[rank])
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                first = call(static, residual, keep_norm=True)
+                second = call(static, residual, keep_norm=False)
+            for _ in range(3):
+                static.copy_(xs[rank])
+                for t in (*first, *second):
+                    t.view(torch.uint8).fill_(0xA5)
+                graph.replay()
+                if not all(map(same, [*kept, *bare], [*first, *second])):
+                    seen.append("a replay differs from eager")
+                if not all(map(same, kept, call(xs[rank], residual, keep_norm=True))):
+                    seen.append("eager after a replay differs")
+                result[1] += 3
+        result[0] += 1
+        result[2] += [f"hidden {hidden}, tokens {tokens}, residual {has_residual}, offset {offset}, cast_first {cast_first}, "
+                      f"special {special}: {s}" for s in seen]
+        result[3] = hashlib.sha256((result[3] + digest(kept)).encode()).hexdigest()[:16]
+    return results
+
+
+@functools.cache
+def run_numbers(world: int) -> list[dict[str, list]] | Exception:
+    try:
+        return ranks.run_ranks(numbers, world, world, timeout_s=500)
+    except Exception as e:  # once for all formats
+        return e
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_numbers(world, fmt):
+    if isinstance(ran := run_numbers(world), Exception):
+        raise ran
+    results = [r[fmt] for r in ran]
+    assert results[0][0] >= len(TOKENS)
+    assert [r[2] for r in results] == [[] for _ in range(world)]
+    assert len({r[3] for r in results}) == 1, "the ranks' outputs differ"
+    print(f"\n{world} ranks, {fmt}: {results[0][0]} cases, {results[0][1]} exchanges")
+
+
+def unguarded(rank: int, tokens: int, wait: bool) -> bool:
+    """Does rank 0, whose peer comes late, get the right sum?"""
+    from fusewire.backends.triton.all_reduce_norm_quant import exchange
+
+    name = connect()
+    xs = [rows(tokens, 576, r) for r in range(2)]
+    weight = torch.ones(576, device="cuda")
+    exchange(xs[rank] * 3, None, weight, 1e-6, 0.0, False, [], "bf16", True, name)  # both are compiled and have met
+    torch.cuda.synchronize()
+    if rank == 1:
+        dist.barrier()
+    out = exchange(xs[rank], None, weight, 1e-6, 0.0, False, [], "bf16", True, name, wait)
+    if rank == 0:
+        if not wait:
+            torch.cuda.synchronize()
+        dist.barrier()
+    torch.cuda.synchronize()
+    dist.barrier()
+    return not problems(out, xs, None, weight, 1e-6, 0.0, False, [], "bf16")
+
+
+def test_the_wait_is_needed():
+    """The numbers above would not be right by luck: with the wait left out, and a peer that is late, they are wrong."""
+    for tokens in (5, 200):  # words, flags
+        assert ranks.run_ranks(unguarded, 2, tokens, True) == [True, True]
+        assert ranks.run_ranks(unguarded, 2, tokens, False)[0] is False
+
+
+def alone(rank: int, tokens: int) -> None:
+    name = connect(1 << 20, limit_s=3.0)
+    if rank == 0:
+        all_reduce_norm_quant(rows(tokens, 576), None, torch.ones(576, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, name)
+        torch.cuda.synchronize()
+    time.sleep(30)  # it is ended before
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_a_wait_ends_and_says_for_whom(capfd, tokens):
+    with pytest.raises(RuntimeError, match=f"rank 0: died by exit code {workspace.EXIT_CODE}"):
+        ranks.run_ranks(alone, 2, tokens, timeout_s=60)
+    said = capfd.readouterr().err
+    assert "rank 0 of group" in said and "waited 3 s in all_reduce_norm_quant, epoch 1, row " in said and "for rank 1" in said
+
+
+def test_a_kernel_first_met_in_a_capture_is_refused():
+    g = group.loopback_group(2)
+    x, w = rows(3, 640), torch.ones(640, device="cuda")
+    args = (x, None, w, 1e-6, 0.0, False, [], "bf16", True, g.name)
+    for sentence in ("has no workspace; call workspace.open", "would be compiled while a CUDA graph is captured"):
+        with pytest.raises(FusewireError, match=sentence), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.ops.fusewire.all_reduce_norm_quant.triton(*args)
+        workspace.open(g.name, 1 << 20)
+    with pytest.raises(FusewireError, match="cannot be made while"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        workspace.open(group.loopback_group(4).name, 1 << 20)
+    group.close(g)
+    assert workspace.find(g.name) is None
+
+
+def test_a_workspace_does_not_grow():
+    g = group.loopback_group(4)
+    space = workspace.open(g.name, 4 * 8 * 640 * 2)
+    args = (None, torch.ones(640, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, g.name)
+    all_reduce_norm_quant(rows(8, 640), *args)
+    with pytest.raises(FusewireError, match=r"it needs 46080 bytes .* has 40960; open it with workspace.open"):
+        all_reduce_norm_quant(rows(9, 640), *args)
+    assert workspace.open(g.name, 10) is space
+    with pytest.raises(FusewireError, match="cannot grow to 50000"):
+        workspace.open(g.name, 50000)
+    group.close(g)
+
+
+def test_two_groups_and_sizes_in_one_process():
+    """Loopback: each peer is taken to have pushed what this rank pushed."""
+    groups = [group.loopback_group(w) for w in (2, 4, 8)]
+    for g in groups:
+        workspace.open(g.name, 8 * 130 * 5120 * 2)
+    for i in range(60):
+        g, tokens, hidden = groups[i % 3], (1, 130, 7)[i // 3 % 3], (5120, 576)[i % 2]
+        fmt = FORMATS[i % len(FORMATS)]
+        x, residual = rows(tokens, hidden, i), rows(tokens, hidden, i, "residual")
+        args = (torch.ones(hidden, device="cuda"), 1e-6, 0.0, False, params_of(fmt), fmt)
+        assert all_reduce_norm_quant.select(x, residual, *args, True, g.name).backend.name == "triton"
+        assert not problems(all_reduce_norm_quant(x, residual, *args, True, g.name), [x] * g.world_size, residual, *args)
+    for g in groups:
+        group.close(g)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:])
+def test_every_bf16_is_quantized_by_the_formula(fmt):
+    """65,536 bf16 values, each as a block's own amax and beside others: 0 differences."""
+    g = group.loopback_group(2)
+    hidden, every = 4096, torch.arange(65536, device="cuda").to(torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = torch.cat([every.view(-1, hidden), every[torch.randperm(65536, device="cuda")].view(-1, hidden),
+                   torch.stack([every, *[torch.zeros_like(every)] * 15], 1).view(-1, hidden)])
+    workspace.open(g.name, 2 * x.numel() * 2)
+    # eps so large that norm = x * weight, with weights that are powers of two: the norm is any bf16 then
+    args = (torch.full((hidden,), 2.0**60, device="cuda"), 2.0**120, 0.0, False, params_of(fmt), fmt)
+    out = all_reduce_norm_quant(x, torch.zeros_like(x), *args, True, g.name)
+    assert not problems(out, [x, x], torch.zeros_like(x), *args)
+    assert int(out[1].view(torch.int16).unique().numel()) > 30000
+    group.close(g)
