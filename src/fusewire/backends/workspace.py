@@ -61,7 +61,8 @@ class Workspace:
                 where p's own push would have arrived
     data        int64 (world_size,) on the device: address of each rank's data, half 0 then half 1 after `nbytes`
     flags       int64 (world_size,) on the device: address of each rank's flags, likewise (4 * flag_count bytes a half)
-    words       int64 (world_size,) on the device: address of each rank's words, likewise
+    words       int64 (world_size,) on the device: address of each rank's words, likewise (`words_nbytes` a half)
+    from_here   the same three as numbers, each in the order rank, rank + 1, ..., for kernels that take them as arguments
     state       int64 (1,) on the device: epoch << 32 | how many programs of the running kernel have read it. One atomic add
                 tells a program both, and the last of them to come knows that it may set the next epoch.
     report      int64 (REPORT_WORDS,) in pinned host memory: [op number, epoch, row, flag seen, peer], see `sentence`
@@ -80,6 +81,7 @@ class Workspace:
     data: Tensor
     flags: Tensor
     words: Tensor
+    from_here: tuple[tuple[int, ...], ...]
     state: Tensor
     report: Tensor
     memory: Tensor | None
@@ -151,10 +153,12 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
             pg = compat.process_group(group)
             memory, bases = compat.symmetric_memory(words_end + 2 * nbytes, group, dev)
         memory[:words_end].zero_()
+        rank = g.rank()
+        addresses = tuple(tuple(b + start for b in bases) for start in (words_end, 0, flags_end))
+        data, flags, words = torch.tensor(addresses, dtype=torch.int64).to(dev)
         workspace = Workspace(
-            group, g.rank(), g.world_size, nbytes, flag_count, words_nbytes, loopback, dev, limit_s,
-            data=_addresses([b + words_end for b in bases], dev), flags=_addresses(bases, dev),
-            words=_addresses([b + flags_end for b in bases], dev),
+            group, rank, g.world_size, nbytes, flag_count, words_nbytes, loopback, dev, limit_s,
+            data, flags, words, tuple(a[rank:] + a[:rank] for a in addresses),
             state=torch.full((1,), 1 << 32, dtype=torch.int64, device=dev),  # flags start at 0, epochs at 1
             report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), memory=memory, process_group=pg,
         )
@@ -164,10 +168,6 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     groups.on_close(group, lambda: close(group))
     threading.Thread(target=_watch, args=(workspace,), daemon=True, name=f"fusewire-watch-{group}").start()
     return workspace
-
-
-def _addresses(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device)
 
 
 def find(group: str) -> Workspace | None:

@@ -79,11 +79,13 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         return out
     slot = -(-hidden // 8) * 8 * x.element_size()
     space.need("all_reduce_norm_quant", space.world_size * rows * slot, space.world_size * rows)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     warps, resident, words = _launch(rows, hidden)
-    # words hold two elements: rows of x must start at even ones
-    words = words and hidden % 8 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
-    words = words and space.world_size * rows * hidden * 4 <= space.words_nbytes
-    programs = min(rows, resident * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    # nothing that might differ between ranks may decide this
+    words = words and rows <= processors and hidden % 8 == 0 and space.world_size * rows * hidden * 4 <= space.words_nbytes
+    if words and (x.stride(0) % 2 or x.data_ptr() % 4):
+        x = x.clone()  # a word holds two elements, and is loaded as one
+    programs = min(rows, resident * processors)
     constants = dict(
         WORLD=space.world_size, LOOPBACK=space.loopback, HIDDEN=hidden, BLOCK=_block(hidden), X_STRIDE=x.stride(0),
         RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), HAS_RESIDUAL=residual is not None,
@@ -100,7 +102,6 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
                                 "graph is captured; run the model once before the capture")
         _warm.add(key)
     kernels.all_reduce_norm_quant[(programs,)](
-        *tensors, space.data, space.flags, space.words, space.state, space.report, space.nbytes, space.flag_count,
-        space.words_nbytes, space.rank,
+        *tensors, *space.from_here, space.state, space.report, space.nbytes, space.flag_count, space.words_nbytes, space.rank,
         workspace.op_number("all_reduce_norm_quant"), space.limit_ns, rows, eps, offset, **constants)
     return out

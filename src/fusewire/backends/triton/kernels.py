@@ -179,42 +179,39 @@ def _quantize(y, row, parameter, data, scales,
 # ---- all_reduce_norm_quant ----
 
 
-_UNSPECIALIZED = ["nbytes", "flag_count", "words_nbytes", "rank", "op", "limit_ns", "rows", "eps", "offset"]
+# `peers`: int64 addresses of data, flags or words in the half of this epoch's parity 0, in the order rank, rank + 1, ... (mod
+# WORLD), as arguments of the kernel: a table in device memory would cost a load before the first store. In a half, a row of a
+# source rank has slot `source * rows + row`; in loopback a push to a peer lands where the peer's own would.
 
 
 @triton.jit
-def _sum_by_flags(x, row, epoch, at, inside, peer_data, peer_flags, report, nbytes, flag_count, rank, op, limit_ns, rows,
-                  WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr, WAIT: tl.constexpr):
-    """Push a row (x points to it) to every peer and add what they push: float32, in rank order.
-
-    The slot of (source rank, row) in a half is at element (source * rows + row) * SLOT of x's dtype, its flag at
-    source * rows + row.
-    """
-    T: tl.constexpr = x.dtype.element_ty
-    half = (epoch & 1).to(tl.int64)
-    mine = tl.load(x + at, mask=inside, other=0.0)
+def _push_data(mine, row, at, inside, parity, epoch, data, flags, nbytes, flag_count, rank, rows,
+               WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr):
+    """Store a row to every peer, SLOT elements a slot, then set its flag there."""
     for i in tl.static_range(1, WORLD):
-        peer = (rank + i) % WORLD
-        source = peer if LOOPBACK else rank
-        slot = tl.multiple_of(tl.load(peer_data + peer) + half * nbytes + (source * rows + row) * SLOT * 2, 16)
-        tl.store(tl.multiple_of(slot.to(tl.pointer_type(T)), 16) + at, mine, mask=inside)
+        slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
+        to = tl.multiple_of(data[i] + parity * nbytes + slot * (SLOT * 2), 16)
+        tl.store(tl.multiple_of(to.to(tl.pointer_type(mine.dtype)), 16) + at, mine, mask=inside)
     tl.debug_barrier()  # the stores of all threads come before the release of one
     for i in tl.static_range(1, WORLD):
-        peer = (rank + i) % WORLD
-        source = peer if LOOPBACK else rank
-        flag = tl.load(peer_flags + peer) + half * flag_count * 4 + (source * rows + row) * 4
+        slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
+        flag = flags[i] + parity * flag_count * 4 + slot * 4
         tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
-    own_data = tl.load(peer_data + rank) + half * nbytes
-    own_flags = tl.load(peer_flags + rank) + half * flag_count * 4
+
+
+@triton.jit
+def _sum_data(mine, row, at, inside, parity, epoch, data, flags, report, nbytes, flag_count, rank, op, limit_ns, rows,
+              WORLD: tl.constexpr, SLOT: tl.constexpr, WAIT: tl.constexpr):
+    """The sum of the ranks' rows once all have come: float32, in rank order."""
     if WAIT:
         for i in tl.static_range(1, WORLD):
             peer = (rank + i) % WORLD
-            flag = own_flags + (peer * rows + row) * 4
+            flag = flags[0] + parity * flag_count * 4 + (peer * rows + row) * 4
             _wait(flag.to(tl.pointer_type(tl.int32)), epoch, row, peer, report, op, limit_ns)
     acc = tl.zeros(at.shape, tl.float32)
     for p in tl.static_range(WORLD):
-        slot = tl.multiple_of(own_data + (p * rows + row) * SLOT * 2, 16)
-        theirs = tl.load(tl.multiple_of(slot.to(tl.pointer_type(T)), 16) + at, mask=inside & (rank != p), other=0.0,
+        slot = tl.multiple_of(data[0] + parity * nbytes + (p * rows + row) * (SLOT * 2), 16)
+        theirs = tl.load(tl.multiple_of(slot.to(tl.pointer_type(mine.dtype)), 16) + at, mask=inside & (rank != p), other=0.0,
                          cache_modifier=".cg")
         part = tl.where(rank == p, mine, theirs).to(tl.float32)
         acc = part if p == 0 else acc + part  # starting at 0.0 would lose the sign of -0.0
@@ -222,42 +219,38 @@ def _sum_by_flags(x, row, epoch, at, inside, peer_data, peer_flags, report, nbyt
 
 
 @triton.jit
-def _sum_by_words(x, row, epoch, peer_words, report, words_nbytes, rank, op, limit_ns, rows,
-                  WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
-    """The same with words, each with two elements: neither fence nor flag, but twice the bytes.
-
-    The words of (source rank, row) in a half are at (source * rows + row) * (HIDDEN / 2).
-    """
-    T: tl.constexpr = x.dtype.element_ty
-    half = (epoch & 1).to(tl.int64)
-    pairs = tl.arange(0, BLOCK // 2)
-    inside = pairs < HIDDEN // 2
-    mine = tl.load(x.to(tl.pointer_type(tl.int32)) + pairs, mask=inside, other=0)
+def _push_words(mine, row, pairs, inside, parity, epoch, words, words_nbytes, rank, rows,
+                WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr):
+    """Store a row, as pairs of elements (int32), to every peer: twice the bytes, but neither fence nor flag."""
     word = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
     for i in tl.static_range(1, WORLD):
-        peer = (rank + i) % WORLD
-        source = peer if LOOPBACK else rank
-        to = tl.load(peer_words + peer) + half * words_nbytes + (source * rows + row) * (HIDDEN * 4)
-        tl.store(tl.multiple_of(tl.multiple_of(to, 16).to(tl.pointer_type(tl.int64)), 16) + pairs, word, mask=inside)
-    own = tl.load(peer_words + rank) + half * words_nbytes
+        slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
+        to = tl.multiple_of(words[i] + parity * words_nbytes + slot * (HIDDEN * 4), 16)
+        tl.store(tl.multiple_of(to.to(tl.pointer_type(tl.int64)), 16) + pairs, word, mask=inside)
+
+
+@triton.jit
+def _sum_words(mine, row, pairs, inside, parity, epoch, words, report, words_nbytes, rank, op, limit_ns, rows,
+               T: tl.constexpr, WORLD: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
+    """As `_sum_data`."""
     low = tl.zeros(pairs.shape, tl.float32)
     high = tl.zeros(pairs.shape, tl.float32)
     for p in tl.static_range(WORLD):
-        at = tl.multiple_of(own + (p * rows + row) * (HIDDEN * 4), 16)
-        words = tl.multiple_of(at.to(tl.pointer_type(tl.int64)), 16) + pairs
+        at = tl.multiple_of(words[0] + parity * words_nbytes + (p * rows + row) * (HIDDEN * 4), 16)
+        word = tl.multiple_of(at.to(tl.pointer_type(tl.int64)), 16) + pairs
         theirs = mine
         if rank != p:
             if WAIT:
-                theirs = _wait_for_words(words, inside, epoch, row, p, report, op, limit_ns)
+                theirs = _wait_for_words(word, inside, epoch, row, p, report, op, limit_ns)
             else:
-                theirs = tl.load(words, mask=inside, other=0, volatile=True).to(tl.int32)
+                theirs = tl.load(word, mask=inside, other=0, volatile=True).to(tl.int32)
         first, second = _halves(theirs, T)
         low = first if p == 0 else low + first
         high = second if p == 0 else high + second
     return tl.reshape(tl.join(low, high), (BLOCK,))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "words_nbytes", "rank", "op", "limit_ns", "rows", "eps", "offset"])
 def all_reduce_norm_quant(
     x, residual, weight, parameter, total, norm, data, scales,
     peer_data, peer_flags, peer_words, state, report, nbytes, flag_count, words_nbytes, rank, op, limit_ns,
@@ -269,34 +262,58 @@ def all_reduce_norm_quant(
     """One-shot: each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
 
     A program pushes a row before it waits for the same row of the others, and all programs of a launch fit on the device at
-    once, so nobody waits for a program that has not started.
+    once, so nobody waits for a program that has not started. With flags it pushes its next row, too, before it waits.
 
     x, residual  (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
     weight       (HIDDEN,) of any float dtype
     total, norm  (rows, HIDDEN) of x's dtype, contiguous
     data, scales the parts of FMT, contiguous; parameter its scalar
-    WORDS        push words, for few rows; else data and a flag for each row
+    WORDS        push words, for few rows: a program for each; else data and a flag for each row
     """
     T: tl.constexpr = x.dtype.element_ty
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
     at = tl.arange(0, BLOCK)
     inside = at < HIDDEN
+    pairs = tl.arange(0, BLOCK // 2)
+    pairs_inside = pairs < HIDDEN // 2
+    first = tl.program_id(0).to(tl.int64)
+    step = tl.num_programs(0)
+    # All that needs no epoch is under way before it is asked for.
+    if WORDS:
+        mine = tl.load((x + first * X_STRIDE).to(tl.pointer_type(tl.int32)) + pairs, mask=pairs_inside, other=0)
+    else:
+        mine = tl.load(x + first * X_STRIDE + at, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        before = tl.load(residual + first * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
     w = tl.load(weight + at, mask=inside, other=0.0)
     epoch = _begin(state)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row64 = tl.cast(row, tl.int64)
-        if HAS_RESIDUAL:  # under way while the row flies
-            before = tl.load(residual + row64 * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
+    parity = (epoch & 1).to(tl.int64)
+    if WORDS:
+        _push_words(mine, first, pairs, pairs_inside, parity, epoch, peer_words, words_nbytes, rank, rows, WORLD, LOOPBACK, HIDDEN)
+    else:
+        _push_data(mine, first, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                   WORLD, LOOPBACK, SLOT)
+    for r in range(tl.program_id(0), rows, step):
+        row = tl.cast(r, tl.int64)
         if WORDS:
-            acc = _sum_by_words(x + row64 * X_STRIDE, row64, epoch, peer_words, report, words_nbytes, rank, op, limit_ns, rows,
-                                WORLD, LOOPBACK, HIDDEN, BLOCK, WAIT)
+            acc = _sum_words(mine, row, pairs, pairs_inside, parity, epoch, peer_words, report, words_nbytes, rank, op, limit_ns,
+                             rows, T, WORLD, HIDDEN, BLOCK, WAIT)
+            ahead = mine
         else:
-            acc = _sum_by_flags(x + row64 * X_STRIDE, row64, epoch, at, inside, peer_data, peer_flags, report, nbytes, flag_count,
-                                rank, op, limit_ns, rows, WORLD, LOOPBACK, SLOT, WAIT)
+            following = row + step
+            ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
+            if following < rows:
+                _push_data(ahead, following, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                           WORLD, LOOPBACK, SLOT)
+            acc = _sum_data(mine, row, at, inside, parity, epoch, peer_data, peer_flags, report, nbytes, flag_count, rank, op,
+                            limit_ns, rows, WORLD, SLOT, WAIT)
+        mine = ahead
         summed = acc.to(T)
         if HAS_RESIDUAL:
             summed = (before.to(tl.float32) + summed.to(tl.float32)).to(T)
-        tl.store(total + row64 * HIDDEN + at, summed, mask=inside)
+            if not WORDS:
+                before = tl.load(residual + (row + step) * RESIDUAL_STRIDE + at, mask=inside & (row + step < rows), other=0.0)
+        tl.store(total + row * HIDDEN + at, summed, mask=inside)
         y = summed.to(tl.float32)
         y = y * tl.rsqrt(tl.div_rn(tl.sum(y * y, 0), HIDDEN * 1.0) + eps)
         if CAST_FIRST:
@@ -306,7 +323,7 @@ def all_reduce_norm_quant(
         else:
             normed = (y * w.to(tl.float32)).to(T)
         if KEEP_NORM:
-            tl.store(norm + row64 * HIDDEN + at, normed, mask=inside)
+            tl.store(norm + row * HIDDEN + at, normed, mask=inside)
         if FMT != "bf16":
             y = tl.where(inside, normed.to(tl.float32), 0.0)  # a NaN factor makes NaN of the padding too
-            _quantize(y, row64, parameter, data, scales, HIDDEN, BLOCK, FMT, SWIZZLED)
+            _quantize(y, row, parameter, data, scales, HIDDEN, BLOCK, FMT, SWIZZLED)
