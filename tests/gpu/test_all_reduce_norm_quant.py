@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import os
+import sys
 import time
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for devices must not start CUDA here: ranks are forked
@@ -31,8 +32,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
 WORLDS = (2, 4, 8)
 FORMATS = ("bf16", "fp8_tensor", "fp8_token", "fp8_block", "nvfp4", "mxfp8", "nvfp4:128x4", "mxfp8:128x4")
 TOKENS = {2: (0, 1, 3, 127, 128, 129), 4: (0, 1, 3, 127, 128, 129), 8: (0, 3, 129)}
-HIDDEN = {2: (64, 576, 5120, 7168, 8192, 16384), 4: (576, 7168), 8: (576, 8192)}
-MOST = 4096  # tokens, once a format at hidden 8192
+# for each format the next of these, in turns: a kernel is compiled for each
+HIDDEN = {2: ((64, 7168, 8192), (576, 5120, 16384)), 4: ((576, 8192), (7168,)), 8: ((8192,), (576,))}
+MOST = 4096  # tokens, at the last hidden size of a format
 # residual, offset, cast_first, weight's dtype, eps
 VARIANTS = ((True, 0.0, False, torch.bfloat16, 1e-5), (False, 1.0, False, torch.float32, 1e-6),
             (True, 0.0, True, torch.bfloat16, 1e-6), (True, 1.0, False, torch.bfloat16, 0.0),
@@ -94,7 +96,8 @@ def problems(out: list[Tensor], xs: list[Tensor], residual: Tensor | None, weigh
     wrong = []
     if not same(total, expected_total(xs, residual)):
         wrong.append(f"the sum differs by {ulps(total, expected_total(xs, residual))} ULP")
-    if (far := ulps(norm, rms_norm.reference(total, weight, eps, offset, cast_first))) > 1:
+    # cast_first rounds twice: what is one apart after the first may be two apart after the product
+    if (far := ulps(norm, rms_norm.reference(total, weight, eps, offset, cast_first))) > (2 if cast_first else 1):
         wrong.append(f"the norm is {far} ULP away")
     if fmt != "bf16":
         for p, got, want in zip(formats.get(fmt).parts, parts, formats.get(fmt).quantize(norm, params), strict=True):
@@ -114,18 +117,20 @@ def connect(nbytes: int = 0, limit_s: float = 60.0) -> str:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     torch.cuda.set_device(0)
     name = dist.group.WORLD.group_name
-    workspace.open(name, nbytes or dist.get_world_size() * MOST * 8192 * 2, limit_s=limit_s)
+    workspace.open(name, nbytes or dist.get_world_size() * MOST * 16384 * 2, limit_s=limit_s)
     return name
 
 
 def cases(world: int):
-    """(format, hidden, tokens, variant, special): every format, hidden size, token count; variants by turns."""
-    for i, (fmt, hidden) in enumerate(itertools.product(FORMATS, HIDDEN[world])):
-        if hidden % formats.get(fmt).k_multiple == 0:
-            for j, tokens in enumerate(TOKENS[world]):
-                yield fmt, hidden, tokens, VARIANTS[i % len(VARIANTS)], j % 2 == 1
-            if hidden == 8192 and (world == 2 or fmt in ("fp8_tensor", "nvfp4")):
-                yield fmt, hidden, MOST, VARIANTS[i % len(VARIANTS)], False
+    """(format, hidden, tokens, variant, special) of every format and token count; hidden sizes and variants by turns."""
+    variants = itertools.cycle(VARIANTS)
+    for fmt, sizes in zip(FORMATS, itertools.cycle(HIDDEN[world])):
+        for hidden in sizes:
+            variant = next(variants)
+            for i, tokens in enumerate(TOKENS[world]):
+                yield fmt, hidden, tokens, variant, i % 2 == 1
+        if world == 2 or fmt in ("fp8_tensor", "nvfp4"):
+            yield fmt, hidden, MOST, variant, False
 
 
 def numbers(rank: int, world: int) -> dict[str, list]:
@@ -142,28 +147,32 @@ def numbers(rank: int, world: int) -> dict[str, list]:
         call = functools.partial(all_reduce_norm_quant.target.overloadpacket.triton, weight=weight, eps=eps, offset=offset,
                                  cast_first=cast_first, params=params, fmt=fmt, group=name)
         kept = call(xs[rank], residual, keep_norm=True)
-        bare = call(xs[rank], residual, keep_norm=False)
         seen += problems(kept, xs, residual, weight, eps, offset, cast_first, params, fmt)
-        if not all(map(same, [kept[0], *kept[2:]], bare)):
-            seen.append("without the norm the outputs differ")
-        result[1] += 2
+        if tokens <= 3:
+            bare = call(xs[rank], residual, keep_norm=False)
+            if not all(map(same, [kept[0], *kept[2:]], bare)):
+                seen.append("without the norm the outputs differ")
+            result[1] += 1
+        result[1] += 1
         if tokens in (3, 129):
             static = torch.ones_like(xs[rank])
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 first = call(static, residual, keep_norm=True)
-                second = call(static, residual, keep_norm=False)
+                second = call(static + 1, residual, keep_norm=True)
             for _ in range(3):
                 static.copy_(xs[rank])
                 for t in (*first, *second):
                     t.view(torch.uint8).fill_(0xA5)
                 graph.replay()
-                if not all(map(same, [*kept, *bare], [*first, *second])):
+                if not all(map(same, [*kept, *call(xs[rank] + 1, residual, keep_norm=True)], [*first, *second])):
                     seen.append("a replay differs from eager")
                 if not all(map(same, kept, call(xs[rank], residual, keep_norm=True))):
                     seen.append("eager after a replay differs")
-                result[1] += 3
+                result[1] += 4
+        if seen and rank == 0:
+            print(fmt, hidden, tokens, has_residual, offset, cast_first, dtype, eps, special, seen, file=sys.stderr, flush=True)
         result[0] += 1
         result[2] += [f"hidden {hidden}, tokens {tokens}, residual {has_residual}, offset {offset}, cast_first {cast_first}, "
                       f"special {special}: {s}" for s in seen]

@@ -45,10 +45,10 @@ def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
 def _launch(rows: int, hidden: int) -> tuple[int, int, bool]:
     """(warps of a program, programs on a multiprocessor at once, whether rows may travel as words)."""
     block = _block(hidden)
-    if rows <= 32:
+    if rows <= 8:
         return min(32, max(1, block // 256)), 1, True
     if rows <= 128:
-        return min(32, max(1, block // 512)), 1, False
+        return min(32, max(1, block // 512)), 1, True
     return min(16, max(1, block // 1024)), 2, False
 
 
@@ -82,7 +82,8 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     warps, resident, words = _launch(rows, hidden)
     # nothing that might differ between ranks may decide this
-    words = words and rows <= processors and hidden % 8 == 0 and space.world_size * rows * hidden * 4 <= space.words_nbytes
+    words = words and rows <= processors and hidden % 8 == 0 and hidden >= 256
+    words = words and space.world_size * rows * hidden * 4 <= space.words_nbytes
     if words and (x.stride(0) % 2 or x.data_ptr() % 4):
         x = x.clone()  # a word holds two elements, and is loaded as one
     programs = min(rows, resident * processors)

@@ -54,21 +54,50 @@ def _wait(flag, epoch, row, peer, report, op, limit_ns):
 
 @triton.jit
 def _wait_for_words(words, mask, epoch, row, peer, report, op, limit_ns):
-    """The data, int32, of words (int64 pointers) that all carry the epoch; 0 where the mask is false.
+    """The data, int32, of words (int64 addresses) that all carry the epoch; 0 where the mask is false.
 
-    All threads look at the clock alone but go on or end together: a reduction says what the slowest saw.
+    Each thread waits for its own words, four at a time, whichever four they are: a loop in Triton would need a reduction over
+    the whole program for every look. Loads are relaxed, as a word guards only itself. A wait over the limit ends as in
+    `_end_late`.
     """
-    start = globaltimer()
-    missing = 1
-    word = tl.zeros(words.shape, tl.int64)
-    while missing == 1:
-        word = tl.load(words, mask=mask, other=0, volatile=True)
-        state = tl.where(globaltimer() - start > limit_ns, 2, 1)
-        missing = tl.max(tl.where(mask & ((word >> 32).to(tl.int32) != epoch), state, 0), 0)
-    if missing == 2:
-        seen = tl.min(tl.where(mask, (word >> 32).to(tl.int32), epoch), 0)
-        _end_late(report.to(tl.pointer_type(tl.int32)), epoch, row, peer, seen, report, op, limit_ns)
-    return word.to(tl.int32)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred p0, p1, p2, p3, missing, again; .reg .b64 w0, w1, w2, w3, start, now; .reg .b32 e0, e1, e2, e3;
+        setp.ne.b32 p0, $8, 0; setp.ne.b32 p1, $9, 0; setp.ne.b32 p2, $10, 0; setp.ne.b32 p3, $11, 0;
+        cvt.u64.u32 w0, 0; mov.b64 w1, w0; mov.b64 w2, w0; mov.b64 w3, w0; mov.b64 start, w0;
+        LOOK:
+        @p0 ld.relaxed.sys.global.b64 w0, [$4];
+        @p1 ld.relaxed.sys.global.b64 w1, [$5];
+        @p2 ld.relaxed.sys.global.b64 w2, [$6];
+        @p3 ld.relaxed.sys.global.b64 w3, [$7];
+        mov.b64 {$0, e0}, w0; mov.b64 {$1, e1}, w1; mov.b64 {$2, e2}, w2; mov.b64 {$3, e3}, w3;
+        @!p0 mov.b32 e0, $12; @!p1 mov.b32 e1, $12; @!p2 mov.b32 e2, $12; @!p3 mov.b32 e3, $12;
+        setp.ne.b32 missing, e0, $12; setp.ne.or.b32 missing, e1, $12, missing;
+        setp.ne.or.b32 missing, e2, $12, missing; setp.ne.or.b32 missing, e3, $12, missing;
+        @!missing bra DONE;
+        mov.u64 now, %globaltimer;
+        setp.eq.b64 again, start, 0; @again mov.b64 start, now;
+        sub.s64 now, now, start;
+        setp.lt.s64 again, now, $32; @again bra LOOK;
+        setp.eq.b32 again, e0, $12; @again mov.b32 e0, e1;
+        setp.eq.b32 again, e0, $12; @again mov.b32 e0, e2;
+        setp.eq.b32 again, e0, $12; @again mov.b32 e0, e3;
+        cvt.s64.s32 w1, $12; st.global.b64 [$16 + 8], w1;
+        st.global.b64 [$16 + 16], $20;
+        cvt.s64.s32 w1, e0; st.global.b64 [$16 + 24], w1;
+        cvt.s64.s32 w1, $24; st.global.b64 [$16 + 32], w1;
+        fence.acq_rel.sys;
+        cvt.s64.s32 w1, $28; st.global.b64 [$16], w1;
+        mov.u64 start, %globaltimer;
+        DELAY:
+        mov.u64 now, %globaltimer; sub.s64 now, now, start;
+        setp.lt.s64 again, now, 5000000000; @again bra DELAY;
+        trap;
+        DONE:
+        bar.warp.sync 0xffffffff;
+        }""",
+        "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,r,r,r,r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r,l,l,l,l",
+        [words, mask.to(tl.int32), epoch, report, row, peer, op, limit_ns], dtype=tl.int32, is_pure=False, pack=4)
 
 
 @triton.jit
@@ -117,12 +146,31 @@ def _scale_of(amax):
 
 
 @triton.jit
+def _divide(y, by):
+    """y / by, correctly rounded where 2^-20 < |y / by| < 2^20, of the right sign and as small or large elsewhere; `by` is a scalar.
+
+    q = y * (1 / by) is a little off; its error, exact in one fused multiply-add, times 1 / by, makes it right (Markstein).
+    That needs no intermediate to overflow or vanish: for unusual `by` the division itself is used. e4m3 rounds what is smaller
+    to zero, whose sign the correction would lose, and saturates what is larger.
+    """
+    if (by > 2.0**-60) & (by < 2.0**60):
+        inverse = tl.div_rn(1.0, by)
+        q = y * inverse
+        exact = tl.fma(tl.fma(-q, by, y), inverse, q)
+        q = tl.where((tl.abs(q) > 2.0**-20) & (tl.abs(q) < 2.0**20), exact, q)
+    else:
+        q = tl.div_rn(y, by)
+    return q
+
+
+@triton.jit
 def _e2m1(x):
     """e2m1 codes 0..15 of float32, int32: nearest, ties to the even code, saturated; NaN is 0."""
-    a = tl.abs(x)
-    code = ((a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
-            + (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32))
-    return tl.where(x != x, 0, code | ((_bits(x) >> 28) & 8))
+    bits = _bits(tl.minimum(tl.abs(x), 6.0))
+    below_one = _bits(_float(bits) + 4194304.0) & 3  # float32 has steps of 0.5 there, and rounds as wanted
+    one_mantissa_bit = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
+    code = tl.where(bits < 0x3F800000, below_one, one_mantissa_bit) | ((_bits(x) >> 28) & 8)
+    return tl.where(x == x, code, 0)
 
 
 @triton.jit
@@ -134,15 +182,22 @@ def _scale_at(row, columns, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr):
 
 
 @triton.jit
-def _quantize(y, row, parameter, data, scales,
+def _below(at, END: tl.constexpr, SIZE: tl.constexpr):
+    """at < END, where at counts to SIZE: a constant if that is all of it."""
+    return at < END if END < SIZE else tl.full(at.shape, True, tl.int1)
+
+
+@triton.jit
+def _quantize(y, row, param, data, scales,
               HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr):
-    """Write the parts of one row. y: float32 (BLOCK,), zero from HIDDEN on."""
+    """Write the parts of one row. y: float32 (BLOCK,), zero from HIDDEN on; param: the format's scalar, if it has one."""
     at = tl.arange(0, BLOCK)
+    inside = _below(at, HIDDEN, BLOCK)
     if FMT == "fp8_tensor":
-        tl.store(data + row * HIDDEN + at, tl.div_rn(y, tl.load(parameter)).to(tl.float8e4nv), mask=at < HIDDEN)
+        tl.store(data + row * HIDDEN + at, _divide(y, param).to(tl.float8e4nv), mask=inside)
     elif FMT == "fp8_token":
         scale = _scale_of(_float(_amax_bits(y, 0)))
-        tl.store(data + row * HIDDEN + at, tl.div_rn(y, scale).to(tl.float8e4nv), mask=at < HIDDEN)
+        tl.store(data + row * HIDDEN + at, _divide(y, scale).to(tl.float8e4nv), mask=inside)
         tl.store(scales + row, scale)
     else:
         SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
@@ -154,26 +209,26 @@ def _quantize(y, row, parameter, data, scales,
         if FMT == "fp8_block":
             scale = _scale_of(_float(bits))
             q = tl.reshape(tl.div_rn(blocks, tl.broadcast_to(scale[:, None], (BLOCK // SIZE, SIZE))), (BLOCK,))
-            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=at < HIDDEN)
-            tl.store(scale_at, scale, mask=columns < COLUMNS)
+            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=inside)
+            tl.store(scale_at, scale, mask=_below(columns, COLUMNS, BLOCK // SIZE))
         elif FMT == "mxfp8":
             exponent = bits >> 23
             byte = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
             # 2^(127 - byte): times it is exactly divided by 2^(byte - 127); byte 255 is NaN
             encode = _float(tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23))
             q = tl.reshape(blocks * encode[:, None], (BLOCK,))
-            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=at < HIDDEN)
-            tl.store(scale_at, byte.to(tl.uint8), mask=columns < COLUMNS)
+            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=inside)
+            tl.store(scale_at, byte.to(tl.uint8), mask=_below(columns, COLUMNS, BLOCK // SIZE))
         else:
-            g = tl.load(parameter)
-            scale = (_float(bits) * (g * _SIXTH)).to(tl.float8e4nv)  # saturates: the formula's clamp
-            decode = scale.to(tl.float32) * tl.div_rn(1.0, g)
+            scale = (_float(bits) * (param * _SIXTH)).to(tl.float8e4nv)  # saturates: the formula's clamp
+            decode = scale.to(tl.float32) * tl.div_rn(1.0, param)
             encode = tl.div_rn(tl.full(decode.shape, 1.0, tl.float32), decode)
             encode = tl.where(encode > _FLT_MAX, _FLT_MAX, encode)  # NaN stays
             low, high = tl.split(tl.reshape(_e2m1(blocks * encode[:, None]), (BLOCK // 2, 2)))
             pairs = tl.arange(0, BLOCK // 2)
-            tl.store(data + row * (HIDDEN // 2) + pairs, (low | high << 4).to(tl.uint8), mask=pairs < HIDDEN // 2)
-            tl.store(scale_at, scale, mask=columns < COLUMNS)
+            codes = (low | high << 4).to(tl.uint8)
+            tl.store(data + row * (HIDDEN // 2) + pairs, codes, mask=_below(pairs, HIDDEN // 2, BLOCK // 2))
+            tl.store(scale_at, scale, mask=_below(columns, COLUMNS, BLOCK // SIZE))
 
 
 # ---- all_reduce_norm_quant ----
@@ -208,6 +263,11 @@ def _sum_data(mine, row, at, inside, parity, epoch, data, flags, report, nbytes,
             peer = (rank + i) % WORLD
             flag = flags[0] + parity * flag_count * 4 + (peer * rows + row) * 4
             _wait(flag.to(tl.pointer_type(tl.int32)), epoch, row, peer, report, op, limit_ns)
+    if WORLD == 2:  # either order gives the same bits
+        slot = tl.multiple_of(data[0] + parity * nbytes + ((1 - rank) * rows + row) * (SLOT * 2), 16)
+        slot = tl.multiple_of(slot.to(tl.pointer_type(mine.dtype)), 16)
+        theirs = tl.load(slot + at, mask=inside, other=0.0, cache_modifier=".cg")
+        return mine.to(tl.float32) + theirs.to(tl.float32)
     acc = tl.zeros(at.shape, tl.float32)
     for p in tl.static_range(WORLD):
         slot = tl.multiple_of(data[0] + parity * nbytes + (p * rows + row) * (SLOT * 2), 16)
@@ -233,20 +293,23 @@ def _push_words(mine, row, pairs, inside, parity, epoch, words, words_nbytes, ra
 def _sum_words(mine, row, pairs, inside, parity, epoch, words, report, words_nbytes, rank, op, limit_ns, rows,
                T: tl.constexpr, WORLD: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
     """As `_sum_data`."""
-    low = tl.zeros(pairs.shape, tl.float32)
-    high = tl.zeros(pairs.shape, tl.float32)
-    for p in tl.static_range(WORLD):
+    low, high = _halves(mine, T)
+    own_low, own_high = low, high
+    for i in tl.static_range(1 if WORLD == 2 else 0, WORLD):
+        p = 1 - rank if WORLD == 2 else rank * 0 + i  # of two, either order gives the same bits
         at = tl.multiple_of(words[0] + parity * words_nbytes + (p * rows + row) * (HIDDEN * 4), 16)
         word = tl.multiple_of(at.to(tl.pointer_type(tl.int64)), 16) + pairs
-        theirs = mine
-        if rank != p:
-            if WAIT:
-                theirs = _wait_for_words(word, inside, epoch, row, p, report, op, limit_ns)
-            else:
-                theirs = tl.load(word, mask=inside, other=0, volatile=True).to(tl.int32)
-        first, second = _halves(theirs, T)
-        low = first if p == 0 else low + first
-        high = second if p == 0 else high + second
+        wanted = inside if WORLD == 2 else inside & (rank != p)
+        if WAIT:
+            theirs = _wait_for_words(word.to(tl.int64), wanted, epoch, row, p, report.to(tl.int64), op, limit_ns)
+        else:
+            theirs = tl.load(word, mask=wanted, other=0, volatile=True).to(tl.int32)
+        their_low, their_high = _halves(theirs, T)
+        if WORLD > 2:
+            their_low = tl.where(rank == p, own_low, their_low)
+            their_high = tl.where(rank == p, own_high, their_high)
+        low = their_low if i == 0 else low + their_low
+        high = their_high if i == 0 else high + their_high
     return tl.reshape(tl.join(low, high), (BLOCK,))
 
 
@@ -273,9 +336,9 @@ def all_reduce_norm_quant(
     T: tl.constexpr = x.dtype.element_ty
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
     at = tl.arange(0, BLOCK)
-    inside = at < HIDDEN
+    inside = _below(at, HIDDEN, BLOCK)
     pairs = tl.arange(0, BLOCK // 2)
-    pairs_inside = pairs < HIDDEN // 2
+    pairs_inside = _below(pairs, HIDDEN // 2, BLOCK // 2)
     first = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
     # All that needs no epoch is under way before it is asked for.
@@ -286,6 +349,9 @@ def all_reduce_norm_quant(
     if HAS_RESIDUAL:
         before = tl.load(residual + first * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
     w = tl.load(weight + at, mask=inside, other=0.0)
+    param = 0.0
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        param = tl.load(parameter)
     epoch = _begin(state)
     parity = (epoch & 1).to(tl.int64)
     if WORDS:
@@ -326,4 +392,4 @@ def all_reduce_norm_quant(
             tl.store(norm + row * HIDDEN + at, normed, mask=inside)
         if FMT != "bf16":
             y = tl.where(inside, normed.to(tl.float32), 0.0)  # a NaN factor makes NaN of the padding too
-            _quantize(y, row, parameter, data, scales, HIDDEN, BLOCK, FMT, SWIZZLED)
+            _quantize(y, row, param, data, scales, HIDDEN, BLOCK, FMT, SWIZZLED)
