@@ -223,7 +223,7 @@ def unguarded(rank: int, tokens: int, wait: bool) -> bool:
 
 def test_the_wait_is_needed():
     """The numbers above would not be right by luck: with the wait left out, and a peer that is late, they are wrong."""
-    for tokens in (5, 200):  # words, flags
+    for tokens in (5, 200):  # a row for each program, several rows
         assert ranks.run_ranks(unguarded, 2, tokens, True) == [True, True]
         assert ranks.run_ranks(unguarded, 2, tokens, False)[0] is False
 
@@ -285,6 +285,36 @@ def test_two_groups_and_sizes_in_one_process():
         assert not problems(all_reduce_norm_quant(x, residual, *args, True, g.name), [x] * g.world_size, residual, *args)
     for g in groups:
         group.close(g)
+
+
+def test_ten_thousand_exchanges():
+    """Eager and replayed by turns, sizes and formats by turns, odd values in the data: always the same bits."""
+    g = group.loopback_group(2)
+    workspace.open(g.name, 2 * 700 * 1024 * 2)
+    runs, bad = [], torch.zeros((), dtype=torch.int64, device="cuda")
+    for i, tokens in enumerate((1, 5, 128, 300, 9, 700)):
+        x, residual = rows(tokens, 1024, i, special=True), rows(tokens, 1024, i, "residual")
+        args = (x, residual if i % 2 else None, torch.ones(1024, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]), FORMATS[i],
+                True, g.name)
+        want = [t.view(torch.uint8).clone() for t in all_reduce_norm_quant(*args)]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = all_reduce_norm_quant(*args)
+        runs.append((args, want, graph, captured))
+    turns = torch.randint(len(runs), (10_000,), generator=torch.Generator().manual_seed(1)).tolist()
+    before = workspace.of(g.name).epoch()
+    for i, turn in enumerate(turns):
+        args, want, graph, out = runs[turn]
+        if i % 2:
+            graph.replay()
+        else:
+            out = all_reduce_norm_quant(*args)
+        for got, expected in zip(out, want, strict=True):
+            bad += (got.view(torch.uint8) != expected).any()
+    assert int(bad) == 0
+    assert workspace.of(g.name).epoch() == before + len(turns)
+    group.close(g)
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:])

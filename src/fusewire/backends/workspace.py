@@ -7,9 +7,6 @@ How kernels use it (an *exchange* is one launch of one op, the same on all ranks
 *   A flag is an int32 that holds the epoch of the exchange that last set it. To push: store the data to the peer, then store the
     epoch to its flag with release semantics at system scope. To receive: load the flag with acquire semantics at system
     scope until it *equals* the epoch, then read the data, which now lies in local memory.
-*   For few bytes there are words: int64 whose upper half is the epoch and whose lower half is 4 bytes of data, stored and loaded
-    as one (8 bytes are single-copy atomic), so they need neither flag nor fence. They have memory of their own, in which nothing
-    but words is ever stored: anything else might look like an epoch.
 *   In every exchange every rank waits for something from every peer. That makes two halves enough: a rank that starts epoch
     e + 2 has finished e + 1, so every peer has started e + 1, and so (kernels of one stream run one after the other) has
     finished e and reads nothing of that half any more.
@@ -37,7 +34,6 @@ from .. import compat, consensus
 from .. import group as groups
 from ..errors import FusewireError, InputError
 
-WORDS_NBYTES = 8 << 20  # of a half, at most
 BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
 REPORT_WORDS = 8
 EXIT_CODE = 70  # of a process that a bounded wait ended
@@ -56,13 +52,11 @@ class Workspace:
     rank, world_size
     nbytes      of data in each half
     flag_count  int32 flags in each half
-    words_nbytes  of words in each half
     loopback    one process plays all ranks: every address below is this rank's own, and a kernel that pushes to peer p writes
                 where p's own push would have arrived
     data        int64 (world_size,) on the device: address of each rank's data, half 0 then half 1 after `nbytes`
     flags       int64 (world_size,) on the device: address of each rank's flags, likewise (4 * flag_count bytes a half)
-    words       int64 (world_size,) on the device: address of each rank's words, likewise (`words_nbytes` a half)
-    from_here   the same three as numbers, each in the order rank, rank + 1, ..., for kernels that take them as arguments
+    from_here   the same two as numbers, each in the order rank, rank + 1, ..., for kernels that take them as arguments
     state       int64 (1,) on the device: epoch << 32 | how many programs of the running kernel have read it. One atomic add
                 tells a program both, and the last of them to come knows that it may set the next epoch.
     report      int64 (REPORT_WORDS,) in pinned host memory: [op number, epoch, row, flag seen, peer], see `sentence`
@@ -74,13 +68,11 @@ class Workspace:
     world_size: int
     nbytes: int
     flag_count: int
-    words_nbytes: int
     loopback: bool
     device: torch.device
     limit_s: float
     data: Tensor
     flags: Tensor
-    words: Tensor
     from_here: tuple[tuple[int, ...], ...]
     state: Tensor
     report: Tensor
@@ -140,30 +132,28 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     limit_s = limit_s or float(os.environ.get("FUSEWIRE_WAIT_LIMIT_S", "30"))
     nbytes = -(-nbytes // _ALIGN) * _ALIGN
     flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
-    words_nbytes = min(2 * nbytes, WORDS_NBYTES)
     flags_end = 2 * 4 * flag_count
-    words_end = flags_end + 2 * words_nbytes
     consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s})
     with torch.cuda.device(dev):
         pg: dist.ProcessGroup | None = None
         if loopback:
-            memory = torch.empty(words_end + 2 * nbytes, dtype=torch.uint8, device=dev)
+            memory = torch.empty(flags_end + 2 * nbytes, dtype=torch.uint8, device=dev)
             bases = [memory.data_ptr()] * g.world_size
         else:
             pg = compat.process_group(group)
-            memory, bases = compat.symmetric_memory(words_end + 2 * nbytes, group, dev)
-        memory[:words_end].zero_()
+            memory, bases = compat.symmetric_memory(flags_end + 2 * nbytes, group, dev)
+        memory[:flags_end].zero_()
         rank = g.rank()
-        addresses = tuple(tuple(b + start for b in bases) for start in (words_end, 0, flags_end))
-        data, flags, words = torch.tensor(addresses, dtype=torch.int64).to(dev)
+        addresses = tuple(tuple(b + start for b in bases) for start in (flags_end, 0))
+        data, flags = torch.tensor(addresses, dtype=torch.int64).to(dev)
         workspace = Workspace(
-            group, rank, g.world_size, nbytes, flag_count, words_nbytes, loopback, dev, limit_s,
-            data, flags, words, tuple(a[rank:] + a[:rank] for a in addresses),
+            group, rank, g.world_size, nbytes, flag_count, loopback, dev, limit_s,
+            data, flags, tuple(a[rank:] + a[:rank] for a in addresses),
             state=torch.full((1,), 1 << 32, dtype=torch.int64, device=dev),  # flags start at 0, epochs at 1
             report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), memory=memory, process_group=pg,
         )
         torch.cuda.synchronize(dev)
-    consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags and words are not zero yet
+    consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags are not zero yet
     _open[group] = workspace
     groups.on_close(group, lambda: close(group))
     threading.Thread(target=_watch, args=(workspace,), daemon=True, name=f"fusewire-watch-{group}").start()

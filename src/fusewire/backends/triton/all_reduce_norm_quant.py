@@ -1,6 +1,7 @@
 """all_reduce_norm_quant as one Triton kernel over a group's workspace: NVLink or any peer access, no multicast."""
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -15,13 +16,18 @@ HIDDEN = range(64, 16384 + 1)
 _warm: set[tuple] = set()
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
              params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on CUDA devices, not on {x.device.type}"
     if not torch.cuda.is_available():
         return "there is no CUDA device here"
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if (capability := torch.cuda.get_device_capability(x.device)) < (9, 0):
         return f"it needs compute capability 9.0, and this device has {capability[0]}.{capability[1]}"
@@ -42,14 +48,12 @@ def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     return None
 
 
-def _launch(rows: int, hidden: int) -> tuple[int, int, bool]:
-    """(warps of a program, programs on a multiprocessor at once, whether rows may travel as words)."""
+def _launch(rows: int, hidden: int) -> tuple[int, int]:
+    """(warps of a program, programs on a multiprocessor at once), the fastest of those tried on an H200."""
     block = _block(hidden)
     if rows <= 8:
-        return min(32, max(1, block // 256)), 1, True
-    if rows <= 128:
-        return min(32, max(1, block // 512)), 1, True
-    return min(16, max(1, block // 1024)), 2, False
+        return min(32, max(1, block // 256)), 1
+    return min(16, max(1, block // 1024)), 2
 
 
 def _block(hidden: int) -> int:
@@ -80,18 +84,13 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     slot = -(-hidden // 8) * 8 * x.element_size()
     space.need("all_reduce_norm_quant", space.world_size * rows * slot, space.world_size * rows)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    warps, resident, words = _launch(rows, hidden)
-    # nothing that might differ between ranks may decide this
-    words = words and rows <= processors and hidden % 8 == 0 and hidden >= 256
-    words = words and space.world_size * rows * hidden * 4 <= space.words_nbytes
-    if words and (x.stride(0) % 2 or x.data_ptr() % 4):
-        x = x.clone()  # a word holds two elements, and is loaded as one
+    warps, resident = _launch(rows, hidden)
     programs = min(rows, resident * processors)
     constants = dict(
         WORLD=space.world_size, LOOPBACK=space.loopback, HIDDEN=hidden, BLOCK=_block(hidden), X_STRIDE=x.stride(0),
         RESIDUAL_STRIDE=0 if residual is None else residual.stride(0), HAS_RESIDUAL=residual is not None,
         HAS_OFFSET=offset != 0.0, CAST_FIRST=cast_first, KEEP_NORM=keep_norm, FMT=fmt.split(":")[0],
-        SWIZZLED=f.layout == "128x4", WORDS=words, WAIT=wait, num_warps=warps,
+        SWIZZLED=f.layout == "128x4", ONE_ROW=programs == rows, WAIT=wait, num_warps=warps,
         maxnreg=min(255, 65536 // (32 * warps * resident)),  # so that all programs of a launch are on the device at once
     )
     tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0] if parts else None,
@@ -103,6 +102,6 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
                                 "graph is captured; run the model once before the capture")
         _warm.add(key)
     kernels.all_reduce_norm_quant[(programs,)](
-        *tensors, *space.from_here, space.state, space.report, space.nbytes, space.flag_count, space.words_nbytes, space.rank,
+        *tensors, *space.from_here, space.state, space.report, space.nbytes, space.flag_count, space.rank,
         workspace.op_number("all_reduce_norm_quant"), space.limit_ns, rows, eps, offset, **constants)
     return out

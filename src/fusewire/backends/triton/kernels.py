@@ -53,63 +53,6 @@ def _wait(flag, epoch, row, peer, report, op, limit_ns):
 
 
 @triton.jit
-def _wait_for_words(words, mask, epoch, row, peer, report, op, limit_ns):
-    """The data, int32, of words (int64 addresses) that all carry the epoch; 0 where the mask is false.
-
-    Each thread waits for its own words, four at a time, whichever four they are: a loop in Triton would need a reduction over
-    the whole program for every look. Loads are relaxed, as a word guards only itself. A wait over the limit ends as in
-    `_end_late`.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred p0, p1, p2, p3, missing, again; .reg .b64 w0, w1, w2, w3, start, now; .reg .b32 e0, e1, e2, e3;
-        setp.ne.b32 p0, $8, 0; setp.ne.b32 p1, $9, 0; setp.ne.b32 p2, $10, 0; setp.ne.b32 p3, $11, 0;
-        cvt.u64.u32 w0, 0; mov.b64 w1, w0; mov.b64 w2, w0; mov.b64 w3, w0; mov.b64 start, w0;
-        LOOK:
-        @p0 ld.relaxed.sys.global.b64 w0, [$4];
-        @p1 ld.relaxed.sys.global.b64 w1, [$5];
-        @p2 ld.relaxed.sys.global.b64 w2, [$6];
-        @p3 ld.relaxed.sys.global.b64 w3, [$7];
-        mov.b64 {$0, e0}, w0; mov.b64 {$1, e1}, w1; mov.b64 {$2, e2}, w2; mov.b64 {$3, e3}, w3;
-        @!p0 mov.b32 e0, $12; @!p1 mov.b32 e1, $12; @!p2 mov.b32 e2, $12; @!p3 mov.b32 e3, $12;
-        setp.ne.b32 missing, e0, $12; setp.ne.or.b32 missing, e1, $12, missing;
-        setp.ne.or.b32 missing, e2, $12, missing; setp.ne.or.b32 missing, e3, $12, missing;
-        @!missing bra DONE;
-        mov.u64 now, %globaltimer;
-        setp.eq.b64 again, start, 0; @again mov.b64 start, now;
-        sub.s64 now, now, start;
-        setp.lt.s64 again, now, $32; @again bra LOOK;
-        setp.eq.b32 again, e0, $12; @again mov.b32 e0, e1;
-        setp.eq.b32 again, e0, $12; @again mov.b32 e0, e2;
-        setp.eq.b32 again, e0, $12; @again mov.b32 e0, e3;
-        cvt.s64.s32 w1, $12; st.global.b64 [$16 + 8], w1;
-        st.global.b64 [$16 + 16], $20;
-        cvt.s64.s32 w1, e0; st.global.b64 [$16 + 24], w1;
-        cvt.s64.s32 w1, $24; st.global.b64 [$16 + 32], w1;
-        fence.acq_rel.sys;
-        cvt.s64.s32 w1, $28; st.global.b64 [$16], w1;
-        mov.u64 start, %globaltimer;
-        DELAY:
-        mov.u64 now, %globaltimer; sub.s64 now, now, start;
-        setp.lt.s64 again, now, 5000000000; @again bra DELAY;
-        trap;
-        DONE:
-        bar.warp.sync 0xffffffff;
-        }""",
-        "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,r,r,r,r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r,l,l,l,l",
-        [words, mask.to(tl.int32), epoch, report, row, peer, op, limit_ns], dtype=tl.int32, is_pure=False, pack=4)
-
-
-@triton.jit
-def _halves(pair, T: tl.constexpr):
-    """Two 16-bit floats of type T in an int32, the first in the low half, as two float32."""
-    if T == tl.bfloat16:
-        return _float(pair << 16), _float(pair & -65536)
-    return ((pair & 65535).to(tl.int16).to(T, bitcast=True).to(tl.float32),
-            ((pair >> 16) & 65535).to(tl.int16).to(T, bitcast=True).to(tl.float32))
-
-
-@triton.jit
 def _begin(state):
     """The epoch of this launch. One atomic reads it and counts this program in, so whoever comes last knows that all have read
     it, and sets the next one; no program needs to be the last to end."""
@@ -234,15 +177,15 @@ def _quantize(y, row, param, data, scales,
 # ---- all_reduce_norm_quant ----
 
 
-# `peers`: int64 addresses of data, flags or words in the half of this epoch's parity 0, in the order rank, rank + 1, ... (mod
-# WORLD), as arguments of the kernel: a table in device memory would cost a load before the first store. In a half, a row of a
-# source rank has slot `source * rows + row`; in loopback a push to a peer lands where the peer's own would.
+# data, flags: int64 addresses of half 0 on each rank, in the order rank, rank + 1, ..., as arguments of the kernel: a table in
+# device memory would cost a load before the first store. In a half, a row of a source rank has slot `source * rows + row`, SLOT
+# elements long; in loopback a push to a peer lands where the peer's own would.
 
 
 @triton.jit
-def _push_data(mine, row, at, inside, parity, epoch, data, flags, nbytes, flag_count, rank, rows,
+def _push(mine, row, at, inside, parity, epoch, data, flags, nbytes, flag_count, rank, rows,
                WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr):
-    """Store a row to every peer, SLOT elements a slot, then set its flag there."""
+    """Store a row to every peer, then set its flag there."""
     for i in tl.static_range(1, WORLD):
         slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
         to = tl.multiple_of(data[i] + parity * nbytes + slot * (SLOT * 2), 16)
@@ -255,7 +198,7 @@ def _push_data(mine, row, at, inside, parity, epoch, data, flags, nbytes, flag_c
 
 
 @triton.jit
-def _sum_data(mine, row, at, inside, parity, epoch, data, flags, report, nbytes, flag_count, rank, op, limit_ns, rows,
+def _sum(mine, row, at, inside, parity, epoch, data, flags, report, nbytes, flag_count, rank, op, limit_ns, rows,
               WORLD: tl.constexpr, SLOT: tl.constexpr, WAIT: tl.constexpr):
     """The sum of the ranks' rows once all have come: float32, in rank order."""
     if WAIT:
@@ -278,74 +221,34 @@ def _sum_data(mine, row, at, inside, parity, epoch, data, flags, report, nbytes,
     return acc
 
 
-@triton.jit
-def _push_words(mine, row, pairs, inside, parity, epoch, words, words_nbytes, rank, rows,
-                WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr):
-    """Store a row, as pairs of elements (int32), to every peer: twice the bytes, but neither fence nor flag."""
-    word = (epoch.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
-    for i in tl.static_range(1, WORLD):
-        slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
-        to = tl.multiple_of(words[i] + parity * words_nbytes + slot * (HIDDEN * 4), 16)
-        tl.store(tl.multiple_of(to.to(tl.pointer_type(tl.int64)), 16) + pairs, word, mask=inside)
-
-
-@triton.jit
-def _sum_words(mine, row, pairs, inside, parity, epoch, words, report, words_nbytes, rank, op, limit_ns, rows,
-               T: tl.constexpr, WORLD: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
-    """As `_sum_data`."""
-    low, high = _halves(mine, T)
-    own_low, own_high = low, high
-    for i in tl.static_range(1 if WORLD == 2 else 0, WORLD):
-        p = 1 - rank if WORLD == 2 else rank * 0 + i  # of two, either order gives the same bits
-        at = tl.multiple_of(words[0] + parity * words_nbytes + (p * rows + row) * (HIDDEN * 4), 16)
-        word = tl.multiple_of(at.to(tl.pointer_type(tl.int64)), 16) + pairs
-        wanted = inside if WORLD == 2 else inside & (rank != p)
-        if WAIT:
-            theirs = _wait_for_words(word.to(tl.int64), wanted, epoch, row, p, report.to(tl.int64), op, limit_ns)
-        else:
-            theirs = tl.load(word, mask=wanted, other=0, volatile=True).to(tl.int32)
-        their_low, their_high = _halves(theirs, T)
-        if WORLD > 2:
-            their_low = tl.where(rank == p, own_low, their_low)
-            their_high = tl.where(rank == p, own_high, their_high)
-        low = their_low if i == 0 else low + their_low
-        high = their_high if i == 0 else high + their_high
-    return tl.reshape(tl.join(low, high), (BLOCK,))
-
-
-@triton.jit(do_not_specialize=["nbytes", "flag_count", "words_nbytes", "rank", "op", "limit_ns", "rows", "eps", "offset"])
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
 def all_reduce_norm_quant(
     x, residual, weight, parameter, total, norm, data, scales,
-    peer_data, peer_flags, peer_words, state, report, nbytes, flag_count, words_nbytes, rank, op, limit_ns,
-    rows, eps, offset,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
-    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WORDS: tl.constexpr, WAIT: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, ONE_ROW: tl.constexpr, WAIT: tl.constexpr,
 ):
     """One-shot: each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
 
-    A program pushes a row before it waits for the same row of the others, and all programs of a launch fit on the device at
-    once, so nobody waits for a program that has not started. With flags it pushes its next row, too, before it waits.
+    A program pushes a row, and the row that it will do next, before it waits for the first of the others. All programs of a
+    launch fit on the device at once, so nobody waits for a program that has not started.
 
     x, residual  (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
     weight       (HIDDEN,) of any float dtype
     total, norm  (rows, HIDDEN) of x's dtype, contiguous
     data, scales the parts of FMT, contiguous; parameter its scalar
-    WORDS        push words, for few rows: a program for each; else data and a flag for each row
+    ONE_ROW      there are as many programs as rows
+    WAIT         False leaves the waits out: for tests
     """
     T: tl.constexpr = x.dtype.element_ty
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
-    pairs = tl.arange(0, BLOCK // 2)
-    pairs_inside = _below(pairs, HIDDEN // 2, BLOCK // 2)
     first = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
     # All that needs no epoch is under way before it is asked for.
-    if WORDS:
-        mine = tl.load((x + first * X_STRIDE).to(tl.pointer_type(tl.int32)) + pairs, mask=pairs_inside, other=0)
-    else:
-        mine = tl.load(x + first * X_STRIDE + at, mask=inside, other=0.0)
+    mine = tl.load(x + first * X_STRIDE + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         before = tl.load(residual + first * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
     w = tl.load(weight + at, mask=inside, other=0.0)
@@ -354,31 +257,23 @@ def all_reduce_norm_quant(
         param = tl.load(parameter)
     epoch = _begin(state)
     parity = (epoch & 1).to(tl.int64)
-    if WORDS:
-        _push_words(mine, first, pairs, pairs_inside, parity, epoch, peer_words, words_nbytes, rank, rows, WORLD, LOOPBACK, HIDDEN)
-    else:
-        _push_data(mine, first, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-                   WORLD, LOOPBACK, SLOT)
+    _push(mine, first, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows, WORLD, LOOPBACK, SLOT)
     for r in range(tl.program_id(0), rows, step):
         row = tl.cast(r, tl.int64)
-        if WORDS:
-            acc = _sum_words(mine, row, pairs, pairs_inside, parity, epoch, peer_words, report, words_nbytes, rank, op, limit_ns,
-                             rows, T, WORLD, HIDDEN, BLOCK, WAIT)
-            ahead = mine
-        else:
-            following = row + step
+        following = row + step
+        if not ONE_ROW:
             ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
             if following < rows:
-                _push_data(ahead, following, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-                           WORLD, LOOPBACK, SLOT)
-            acc = _sum_data(mine, row, at, inside, parity, epoch, peer_data, peer_flags, report, nbytes, flag_count, rank, op,
-                            limit_ns, rows, WORLD, SLOT, WAIT)
-        mine = ahead
-        summed = acc.to(T)
+                _push(ahead, following, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                      WORLD, LOOPBACK, SLOT)
+        summed = _sum(mine, row, at, inside, parity, epoch, peer_data, peer_flags, report, nbytes, flag_count, rank, op, limit_ns,
+                      rows, WORLD, SLOT, WAIT).to(T)
         if HAS_RESIDUAL:
             summed = (before.to(tl.float32) + summed.to(tl.float32)).to(T)
-            if not WORDS:
-                before = tl.load(residual + (row + step) * RESIDUAL_STRIDE + at, mask=inside & (row + step < rows), other=0.0)
+        if not ONE_ROW:
+            mine = ahead
+            if HAS_RESIDUAL:
+                before = tl.load(residual + following * RESIDUAL_STRIDE + at, mask=inside & (following < rows), other=0.0)
         tl.store(total + row * HIDDEN + at, summed, mask=inside)
         y = summed.to(tl.float32)
         y = y * tl.rsqrt(tl.div_rn(tl.sum(y * y, 0), HIDDEN * 1.0) + eps)
