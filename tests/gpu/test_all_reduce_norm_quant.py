@@ -294,8 +294,8 @@ def test_ten_thousand_exchanges():
     runs, bad = [], torch.zeros((), dtype=torch.int64, device="cuda")
     for i, tokens in enumerate((1, 5, 128, 300, 9, 700)):
         x, residual = rows(tokens, 1024, i, special=True), rows(tokens, 1024, i, "residual")
-        args = (x, residual if i % 2 else None, torch.ones(1024, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]), FORMATS[i],
-                True, g.name)
+        args = (x, residual if i % 2 else None, torch.ones(1024, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]),
+                FORMATS[i], True, g.name)
         want = [t.view(torch.uint8).clone() for t in all_reduce_norm_quant(*args)]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

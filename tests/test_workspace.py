@@ -1,0 +1,62 @@
+"""What can be said of workspaces, loopback groups and the Triton backend without a GPU."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusewire.backends  # noqa: F401  (registers them)
+from fusewire import group
+from fusewire.backends import workspace
+from fusewire.errors import FusewireError, InputError
+from fusewire.ops.collectives import all_gather, all_reduce, reduce_scatter
+from fusewire.ops.fused import all_reduce_norm_quant
+
+
+def test_in_loopback_peers_send_what_this_rank_sends():
+    g = group.loopback_group(4, rank=1)
+    x = torch.arange(16.0).view(8, 2)
+    assert torch.equal(all_gather([x], g.name)[0], x.repeat(4, 1))
+    assert torch.equal(reduce_scatter(x, g.name), 4 * x[2:4])
+    assert all_reduce(x, g.name).shape == x.shape
+    group.close(g)
+
+
+def test_closing_a_group_releases_what_was_kept_for_it():
+    g, released = group.loopback_group(2), []
+    group.on_close(g.name, lambda: released.append(1))
+    group.close(g)
+    group.close(g)
+    assert released == [1]
+
+
+def test_refusals_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    g = group.loopback_group(2)
+    with pytest.raises(FusewireError, match=r"has no workspace; call workspace.open\(group, nbytes\) on every rank"):
+        workspace.of(g.name)
+    with pytest.raises(FusewireError, match="needs a CUDA device"):
+        workspace.open(g.name, 100)
+    with pytest.raises(InputError, match="0 bytes holds nothing"):
+        workspace.open(g.name, 0)
+    with pytest.raises(InputError, match="not one of processes"):
+        workspace.open(group.fake_group(2).name, 100)
+
+
+def test_on_a_cpu_the_reference_runs():
+    g = group.loopback_group(2)
+    x = torch.randn(3, 64).bfloat16()
+    choice = all_reduce_norm_quant.select(x, None, torch.ones(64), 1e-6, 0.0, False, [], "bf16", True, g.name)
+    assert choice.backend.name == "reference"
+    assert choice.refused == ["triton: it runs on CUDA devices, not on cpu"]
+    group.close(g)
+
+
+def test_a_report_is_a_sentence():
+    none = torch.empty(0)
+    space = workspace.Workspace("tp", 1, 4, 256, 64, False, torch.device("cpu"), 3.0, none, none, (), none, none, None, None)
+    op = workspace.op_number("all_reduce_norm_quant")
+    assert workspace.op_number("all_reduce_norm_quant") == op > 0
+    said = workspace.sentence(space, [op, 17, 5, 15, 2, 0, 0, 0])
+    assert said.startswith("rank 1 of group 'tp' waited 3 s in all_reduce_norm_quant, epoch 17, row 5, for rank 2, whose flag held")
+    with pytest.raises(FusewireError, match=r"it needs 512 bytes .* which has 256"):
+        space.need("an op", 512, 1)
