@@ -98,6 +98,9 @@ MODULES = (adopt, capture, cost, lower, plan, rewrite, tokens, all_reduce_norm, 
            fused, test_random_graphs)
 
 
+BYTE_GATE = ("if not compat.known_true(freed >= nbytes(here)):", "if False:")
+
+
 # --- checks: each returns what is wrong, "" if nothing
 
 
@@ -216,7 +219,7 @@ def plans_add_no_bytes() -> str:
     for n in gm.graph.nodes:
         if "val" in n.meta:
             n.meta["val"] = torch.utils._pytree.tree_map(lambda t: torch.empty_like(t, device="cpu"), n.meta["val"])
-    with planted(sequence_parallel, "sink_all_gather", ("if not compat.known_true(freed >= nbytes(values)):", "if False:")):
+    with planted(sequence_parallel, "sink_all_gather", BYTE_GATE):
         found = plan.capture(gm, [torch.empty_like(t, device="cpu") for t in fakes], Config())
     sharded, most = found.ranges[0].plans["sharded"], found.unfused.sent(1)[0]
     return "" if sharded.sent(1)[0] <= most and sharded.refused else f"{sharded.sent(1)[0]} bytes instead of {most}"
@@ -270,7 +273,7 @@ BUGS: dict[str, tuple | list[tuple]] = {
         sequence_parallel, "sink_below_amax",
         ("call(n.graph, all_reduce_max, call(n.graph, amax, x), group", "call(n.graph, amax, x")),
     "the rows are gathered too": (
-        sequence_parallel, "sink_all_gather", ("if not compat.known_true(freed >= nbytes(values)):", "if False:")),
+        sequence_parallel, "sink_all_gather", BYTE_GATE),
     "residual not cut": (sequence_parallel, "sink_all_gather", ("call(graph, shard, a, group) for a", "a for a")),
     "an operand of one rank is cut": (
         sequence_parallel, "sink_all_gather", ("not same_on_all_ranks(a, group)", "False")),
