@@ -158,6 +158,13 @@ def compile_aten(gm: torch.fx.GraphModule, inputs: list, compile_graph) -> objec
                                      decompositions={}, keep_inference_input_mutations=True)
 
 
+def bare_size(symbol: object, gm: torch.fx.GraphModule) -> torch.SymInt:
+    """The size that a symbol in the fake values of a graph stands for, not multiplied by anything."""
+    sizes = (i for n in gm.graph.nodes for i in getattr(n.meta.get("val"), "shape", ()) if isinstance(i, torch.SymInt))
+    env = next(i.node.shape_env for i in sizes if symbol in i.node.expr.free_symbols)
+    return env.create_symintnode(symbol, hint=int(hints_of(env)[symbol]))
+
+
 def inductor(gm: torch.fx.GraphModule, inputs: list, cache_tag: str):
     """Inductor's code for an aten graph, as a function of the list of inputs. `cache_tag` becomes part of its cache keys."""
     from torch._inductor.compile_fx import compile_fx

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -100,14 +101,22 @@ class Compiled:
         self.last = found, size
         self.used[index, size, self.plan] += 1
         if plan.call is None:
-            plan.call = self._code(plan)
+            plan.call = self._code(plan, found.size_of)
         return plan.call(inputs)
 
-    def _code(self, plan: Plan) -> Callable[[list], Any]:
+    def _code(self, plan: Plan, size_of: Callable[[list], int]) -> Callable[[list], Any]:
         if self.config.codegen == "fx":
             return lambda inputs: plan.gm(*inputs)
-        fakes = [n.meta["val"] for n in plan.gm.graph.nodes if n.op == "placeholder"]
-        return compat.inductor(plan.gm, fakes, cache_tag(plan, self.config))
+        gm, multiple = plan.gm, plan.multiple
+        if bare := plan.symbol is not None and multiple > 1:
+            # Inductor can read a size off an input only if it is a symbol of its own, and here all are multiples of one.
+            gm = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+            with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+                gm.graph.placeholder("tokens").meta["val"] = compat.bare_size(plan.symbol, gm)
+            gm.recompile()
+        fakes = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        code = compat.inductor(gm, fakes, cache_tag(plan, self.config))
+        return lambda inputs: code([size_of(inputs) // multiple, *inputs] if bare else inputs)
 
 
 def program(plan: Plan) -> str:
