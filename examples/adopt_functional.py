@@ -1,4 +1,4 @@
-"""A tensor-parallel model of gated MLPs written by hand, with PyTorch's functional collectives and nothing of Fusewire's in it, compiled.
+"""A tensor-parallel model of gated MLPs, written by hand with PyTorch's functional collectives, compiled as it is.
 
     python examples/adopt_functional.py
 """
