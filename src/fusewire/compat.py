@@ -193,3 +193,10 @@ def boxed(f):
 def tree_map(f, value: object) -> object:
     """f of every leaf of nested lists, tuples and dicts."""
     return torch.utils._pytree.tree_map(f, value)
+
+
+def shape_key(value: object) -> object:
+    """What of nested arguments decides shapes and sizes: tensors by shape and dtype, anything else by itself."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(shape_key, value))
+    return (value.dtype, *map(expression, value.shape)) if isinstance(value, torch.Tensor) else value

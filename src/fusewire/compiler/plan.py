@@ -54,7 +54,8 @@ class Plan:
     def wire(self, size: int) -> list[tuple[fx.Node, int, int]]:
         """(node, bytes, messages) of every node that sends, where the captured token symbol is `size`."""
         if self._wire is None:
-            found = [(n, *cost.wire(n)) for n in self.gm.graph.nodes if n.op == "call_function"]
+            known: dict[Any, tuple[Any, int]] = {}
+            found = [(n, *cost.wire(n, known)) for n in self.gm.graph.nodes if n.op == "call_function"]
             self._wire = [w for w in found if w[2]]
         return [(n, cost.at(b, self.symbol, size // self.multiple), m) for n, b, m in self._wire]
 
