@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 import test_random_graphs
 import torch
+from test_random_graphs import sent_by
 from torch import Tensor, fx
 
 from fusewire import group
@@ -198,10 +199,6 @@ def two_readers() -> tuple[fx.GraphModule, list]:
         logits = rewrite.call(graph, dense.matmul, [normed], [], [inputs["router"]], None, "bf16", torch.bfloat16)
     end.args = ((y, logits),)
     return fx.GraphModule({}, graph), [n.meta["val"] for n in inputs.values()]
-
-
-def sent_by(graph: fx.Graph) -> int:
-    return sum(cost.wire(n)[0] for n in graph.nodes)
 
 
 def rows_travel_once() -> str:
