@@ -34,7 +34,7 @@ def test_every_example_is_tested():
 @pytest.mark.dist
 @pytest.mark.parametrize("name", SAYS)
 def test_example(name, tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)}
     with subprocess.Popen([sys.executable, ROOT / "examples" / name], cwd=tmp_path, env=env, text=True, start_new_session=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
         try:
