@@ -15,6 +15,7 @@ import pytest
 
 import fusewire
 from fusewire import cli
+from fusewire.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 200  # seconds of one example, on a busy machine
@@ -59,7 +60,7 @@ def test_commands_are_found():
             "fusewire run\n")
     assert commands(text) == [["run", "--demo", "-tp", "2"], ["explain", "--no-such"]]
     cli.parser().parse_args(commands(text)[0])
-    with pytest.raises(SystemExit):
+    with pytest.raises((SystemExit, InputError)):
         cli.parser().parse_args(commands(text)[1])
 
 
