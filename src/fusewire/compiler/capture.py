@@ -17,7 +17,7 @@ import torch
 from .. import compat
 from ..config import Config
 from ..consensus import agree, library_facts
-from ..errors import InputError
+from ..errors import FusewireError, InputError
 from ..group import resolve
 from ..op import op_of
 from .plan import Capture, Plan, capture
@@ -65,6 +65,10 @@ class Compiled:
                 return self._run(*args, **kwargs)
             except _Captured:
                 return None
+            except torch._dynamo.exc.BackendCompilerFailed as e:  # a refusal of ours: it is a sentence already
+                if isinstance(e.inner_exception, FusewireError):
+                    raise e.inner_exception from None
+                raise
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         return compat.compile_aten(gm, inputs, self._compile)
