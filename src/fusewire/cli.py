@@ -89,7 +89,7 @@ def _choices(p: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> Any:
     """The Config that the flags ask for; InputError for a rule that does not exist or bounds that are not numbers."""
-    from .compiler.passes import all_reduce_norm, async_tp
+    from .compiler.passes import all_reduce_norm, async_tp, check_rules
     from .config import Bounds, Config
 
     rules: dict[str, Bounds] = {}
@@ -109,7 +109,7 @@ def config_of(args: argparse.Namespace) -> Any:
     if args.sp_min_token_num:
         rules["split_all_reduce"] = Bounds(args.sp_min_token_num)
     rules.update({name: Bounds(*OFF) for name in off})
-    return Config(rules=rules, plan=args.plan, codegen=args.codegen, strict=args.strict)
+    return check_rules(Config(rules=rules, plan=args.plan, codegen=args.codegen, strict=args.strict))
 
 
 def model_of(args: argparse.Namespace) -> str:

@@ -147,10 +147,9 @@ def compile_aten(gm: torch.fx.GraphModule, inputs: list, compile_graph) -> objec
     Nothing is decomposed but what AOT must, and mutations of inputs (a KV cache) stay in the graph.
     """
     from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     def compile_outside(graph, fakes):
-        with unset_fake_temporarily():  # AOT's own fake mode is active here
+        with no_fake_mode():  # AOT's own fake mode is active here
             return compile_graph(graph, fakes)
 
     with torch.no_grad():
@@ -200,3 +199,20 @@ def shape_key(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(map(shape_key, value))
     return (value.dtype, *map(expression, value.shape)) if isinstance(value, torch.Tensor) else value
+
+
+def no_fake_mode():
+    """A context in which tensors are real, whatever fake mode is active outside."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def mark_dynamic(x: torch.Tensor, dim: int) -> None:
+    """torch.compile shall make no constant of this size."""
+    torch._dynamo.mark_dynamic(x, dim)
+
+
+def reset_compiler() -> None:
+    """Forget what torch.compile compiled, so that the next call captures again."""
+    torch._dynamo.reset()

@@ -20,6 +20,7 @@ from ..consensus import agree, library_facts
 from ..errors import FusewireError, InputError
 from ..group import resolve
 from ..op import op_of
+from .passes import check_rules
 from .plan import Capture, Plan, capture
 
 TOKEN_DIMS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": 1, "cache_position": 0}  # of a Hugging Face decoder
@@ -56,7 +57,7 @@ class Compiled:
         for name, dim in self.token_dims.items():
             t = bound.get(name)
             if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
-                torch._dynamo.mark_dynamic(t, dim)
+                compat.mark_dynamic(t, dim)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for m in self._hooked:  # training's business, which Dynamo refuses to trace
                 stack.callback(setattr, m, "_backward_hooks", m._backward_hooks)
@@ -157,4 +158,4 @@ def compile(model: Callable, config: Config | None = None, token_dims: dict[str,
     """
     if not callable(model):
         raise InputError(f"compile: {type(model).__name__} is not callable; give a module or a function")
-    return Compiled(model, config or Config(), TOKEN_DIMS if token_dims is None else token_dims)
+    return Compiled(model, check_rules(config or Config()), TOKEN_DIMS if token_dims is None else token_dims)

@@ -172,8 +172,8 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
         found.ranges.append(r)
         copied = fx.GraphModule(base, copy.deepcopy(base.graph))
         r.plans["replicated"] = build(Plan("replicated", copied, [], symbol), found, off)
-        if missing:
-            r.missing["sharded"] = missing
+        if missing or "split_all_reduce" in off:
+            r.missing["sharded"] = missing or f"the rule split_all_reduce is switched off from {first} tokens on"
             continue
         own, copied = timed(timings, "carry", carry, base, {symbol: multiple})
         mine = len(own.guards())
