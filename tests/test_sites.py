@@ -233,3 +233,22 @@ def test_one_capture_for_every_token_count_but_one():
                 assert r["why"] == "1 tokens do not divide over 2 ranks"
             elif r["plan"] == "replicated":
                 assert r["why"] == f"{n} tokens: the sharded plan takes multiples of 2 from 4 on"
+
+
+def decoded(rank: int) -> dict:
+    model = fusewire.parallelize(tiny.model("llama", torch.bfloat16, **SIZES), None, "fp8")
+    compiled, found = fusewire.compile(model), {}
+    for plan in ("unfused", "sharded"):
+        compiled.plan = plan
+        cache = fusewire.static_cache(model, 1, 5 + 64)
+        found[plan] = fusewire.generate(compiled, cache, tiny.ids(1, 5), 64, multiple=2)
+        found[f"{plan} captures"] = len(compiled.captures)
+    return found
+
+
+@pytest.mark.dist
+def test_64_decoded_tokens_take_three_captures_at_most():
+    """An odd prompt is read in two steps; the second has one token, as every step of decoding has."""
+    for found in run_ranks(decoded, 2):
+        assert found["unfused"].shape == (1, 64) and torch.equal(found["unfused"], found["sharded"])
+        assert found["unfused captures"] == found["sharded captures"] <= 3
