@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 	@echo "== NVFP4"
 	@$(DEMO_RUN) -q nvfp4
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest
 
 test-long: $(VENV)/.dev $(VENV)/.demo
