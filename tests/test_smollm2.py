@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from dist import run_ranks
+from test_cache import exact
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusewire
 from fusewire.engine.generate import generate
@@ -16,6 +18,7 @@ from fusewire.engine.verify import CHUNK, perplexity, same_bits
 from fusewire.launch import RankContext
 from fusewire.models import demo_model, static_cache
 from fusewire.models.demo import PACKAGE
+from fusewire.op import op_of
 
 torch.set_num_threads(1)
 pytestmark = [
@@ -79,3 +82,33 @@ def test_every_plan_has_the_unfused_bits(fmt, pages, decoded):
     unfused, replicated, sharded = one["tokens"]
     assert unfused == replicated == sharded[:FEW] and len(unfused) == FEW
     assert one["prompt"] == [decoded, "sharded"] and one["captures"]["of a generation"] <= 3, one
+
+
+def by_inductor(rank: int, folder: str, fmt: str | None) -> dict:
+    """The logits of 64 tokens by each plan as Inductor compiles it, and the ops in it."""
+    session = open_session(folder, fmt, RankContext(rank, 2, rank, torch.device("cpu"), lambda text: None), None)
+    compiled = fusewire.compile(session.model, fusewire.Config(codegen="inductor"))
+    found: dict = {"logits": {}, "ops": {}}
+    for plan in PLANS:
+        compiled.plan = plan
+        found["logits"][plan] = compiled(input_ids=session.encode(PAGES[0])[:, :64], use_cache=False).logits
+        [capture] = compiled.captures
+        graph = {"unfused": capture.unfused, **capture.ranges[0].plans}[plan].gm.graph
+        found["ops"][plan] = sorted({o.name for n in graph.nodes if (o := op_of(n))})
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fmt", [None, "fp8", "fp8_token", "fp8_block", "nvfp4", "mxfp8"])
+def test_inductor_is_as_exact_as_for_the_unfused_graph(fmt):
+    folder = str(demo_model())
+    one, other = run_ranks(by_inductor, 2, folder, fmt, timeout_s=3000)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    [want] = exact(whole, fmt, [tokenizer(PAGES[0], return_tensors="pt")["input_ids"][:, :64]])
+    errors = {plan: float((y.double() - want).norm() / want.norm()) for plan, y in one["logits"].items()}
+    print(f"{fmt or 'bf16'} by Inductor, error against float64: {errors}")
+    for plan in PLANS[1:]:
+        assert torch.equal(one["logits"][plan], other["logits"][plan])
+        new = sorted(set(one["ops"][plan]) - set(one["ops"]["unfused"]))
+        assert errors[plan] <= 1.5 * errors["unfused"], f"{plan}: {errors}; the ops that only it has: {new}"
