@@ -216,3 +216,11 @@ def mark_dynamic(x: torch.Tensor, dim: int) -> None:
 def reset_compiler() -> None:
     """Forget what torch.compile compiled, so that the next call captures again."""
     torch._dynamo.reset()
+
+
+def graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A GraphModule whose Python code is made when it is first called, and not for every copy that is rewritten."""
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
