@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 import test_random_graphs
 import torch
+from test_random_graphs import sent_by
 from torch import Tensor, fx
 
 from fusewire import group
@@ -96,6 +97,9 @@ def rule_is(old: Rule, new: Rule) -> Iterator[None]:
 
 MODULES = (adopt, capture, cost, lower, plan, rewrite, tokens, all_reduce_norm, async_tp, sequence_parallel, collectives, dense,
            fused, test_random_graphs)
+
+
+BYTE_GATE = ("if not compat.known_true(freed >= nbytes(here)):", "if False:")
 
 
 # --- checks: each returns what is wrong, "" if nothing
@@ -197,10 +201,6 @@ def two_readers() -> tuple[fx.GraphModule, list]:
     return fx.GraphModule({}, graph), [n.meta["val"] for n in inputs.values()]
 
 
-def sent_by(graph: fx.Graph) -> int:
-    return sum(cost.wire(n)[0] for n in graph.nodes)
-
-
 def rows_travel_once() -> str:
     """The rules of the sharded plan do not add bytes where the rows are needed anyway."""
     graph = two_readers()[0].graph
@@ -216,7 +216,7 @@ def plans_add_no_bytes() -> str:
     for n in gm.graph.nodes:
         if "val" in n.meta:
             n.meta["val"] = torch.utils._pytree.tree_map(lambda t: torch.empty_like(t, device="cpu"), n.meta["val"])
-    with planted(sequence_parallel, "sink_all_gather", ("if not compat.known_true(freed >= nbytes(values)):", "if False:")):
+    with planted(sequence_parallel, "sink_all_gather", BYTE_GATE):
         found = plan.capture(gm, [torch.empty_like(t, device="cpu") for t in fakes], Config())
     sharded, most = found.ranges[0].plans["sharded"], found.unfused.sent(1)[0]
     return "" if sharded.sent(1)[0] <= most and sharded.refused else f"{sharded.sent(1)[0]} bytes instead of {most}"
@@ -270,7 +270,7 @@ BUGS: dict[str, tuple | list[tuple]] = {
         sequence_parallel, "sink_below_amax",
         ("call(n.graph, all_reduce_max, call(n.graph, amax, x), group", "call(n.graph, amax, x")),
     "the rows are gathered too": (
-        sequence_parallel, "sink_all_gather", ("if not compat.known_true(freed >= nbytes(values)):", "if False:")),
+        sequence_parallel, "sink_all_gather", BYTE_GATE),
     "residual not cut": (sequence_parallel, "sink_all_gather", ("call(graph, shard, a, group) for a", "a for a")),
     "an operand of one rank is cut": (
         sequence_parallel, "sink_all_gather", ("not same_on_all_ranks(a, group)", "False")),

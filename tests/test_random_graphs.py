@@ -8,6 +8,7 @@ import copy
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import graphs
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fusewire import group
-from fusewire.compiler import adopt, cost, plan, tokens
+from fusewire.compiler import adopt, plan, tokens
 from fusewire.compiler.passes import PLANS, RULES
 from fusewire.compiler.rewrite import Rule, merge_equal_calls, run
 from fusewire.config import Config
@@ -68,8 +69,12 @@ def rewritten(p: graphs.Program, fires: Counter) -> list[Variant]:
         for rules in passes:
             apply(made[name], rules)
             merge_equal_calls(made[name])
-    return [Variant(name, lambda inputs, g=g: graphs.execute(g, inputs), sum(cost.wire(n)[0] for n in g.nodes))
-            for name, g in made.items()]
+    return [Variant(name, lambda inputs, g=g: graphs.execute(g, inputs), sent_by(g)) for name, g in made.items()]
+
+
+def sent_by(graph: fx.Graph) -> int:
+    """The bytes that a graph of fixed shapes says it sends."""
+    return plan.Plan("", SimpleNamespace(graph=graph)).sent(1)[0]
 
 
 def captured(p: graphs.Program, found: plan.Capture, size: int, fires: Counter) -> list[Variant]:

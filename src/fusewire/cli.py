@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import FusewireError, InputError
@@ -14,9 +14,16 @@ from .errors import FusewireError, InputError
 OFF = (0, -1)  # bounds that no token count is within
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one sentence, as with everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fusewire",
-                                  description="Hide the communication of tensor-parallel models behind their matmuls.")
+    top = Parser(prog="fusewire",
+                 description="Hide the communication of tensor-parallel models behind their matmuls.")
     top.add_argument("--version", action="version", version=f"fusewire {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="{run,explain,verify}")
 
@@ -82,7 +89,7 @@ def _choices(p: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> Any:
     """The Config that the flags ask for; InputError for a rule that does not exist or bounds that are not numbers."""
-    from .compiler.passes import all_reduce_norm, async_tp
+    from .compiler.passes import all_reduce_norm, async_tp, check_rules
     from .config import Bounds, Config
 
     rules: dict[str, Bounds] = {}
@@ -102,7 +109,7 @@ def config_of(args: argparse.Namespace) -> Any:
     if args.sp_min_token_num:
         rules["split_all_reduce"] = Bounds(args.sp_min_token_num)
     rules.update({name: Bounds(*OFF) for name in off})
-    return Config(rules=rules, plan=args.plan, codegen=args.codegen, strict=args.strict)
+    return check_rules(Config(rules=rules, plan=args.plan, codegen=args.codegen, strict=args.strict))
 
 
 def model_of(args: argparse.Namespace) -> str:
@@ -116,6 +123,20 @@ def model_of(args: argparse.Namespace) -> str:
     return args.model
 
 
+def checked_model_of(args: argparse.Namespace) -> str:
+    """The model's folder, once its config and the quantization are known to be good: before any rank is started, which then
+    need not import either what this has imported."""
+    from .models.checkpoint import config_of as model_config_of
+    from .models.checkpoint import folder_of
+    from .models.files import read_json
+    from .models.parallelize import format_name
+
+    format_name(args.quantization)
+    folder = folder_of(model_of(args))
+    model_config_of(folder, read_json(folder / "config.json"))
+    return str(folder)
+
+
 # --- run
 
 
@@ -123,7 +144,7 @@ def run_command(args: argparse.Namespace) -> int:
     from .launch import launch
 
     config = config_of(args)
-    return launch(run_rank, args.tensor_parallel_size, model_of(args), args, config)
+    return launch(run_rank, args.tensor_parallel_size, checked_model_of(args), args, config)
 
 
 def _progress(console: Any, rank: int) -> Any:
@@ -238,7 +259,8 @@ def verify_command(args: argparse.Namespace) -> int:
     from .launch import launch
 
     texts_of(args.text)
-    return launch(verify_rank, args.tensor_parallel_size, model_of(args), args, config_of(args))
+    config = config_of(args)
+    return launch(verify_rank, args.tensor_parallel_size, checked_model_of(args), args, config)
 
 
 def verify_rank(context: Any, model: str, args: argparse.Namespace, config: Any) -> None:
@@ -260,9 +282,9 @@ def verify_rank(context: Any, model: str, args: argparse.Namespace, config: Any)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code: 0, 1 for a failure, 2 for bad input, 3 for --strict, 128 + signal."""
-    args = parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores a rank make gloo ranks crawl
     try:
+        args = parser().parse_args(argv)
         return args.main(args)
     except FusewireError as e:
         print(f"fusewire: {e}", file=sys.stderr)

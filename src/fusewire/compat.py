@@ -162,15 +162,21 @@ def compile_aten(gm: torch.fx.GraphModule, inputs: list, compile_graph) -> objec
     Nothing is decomposed but what AOT must, and mutations of inputs (a KV cache) stay in the graph.
     """
     from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     def compile_outside(graph, fakes):
-        with unset_fake_temporarily():  # AOT's own fake mode is active here
+        with no_fake_mode():  # AOT's own fake mode is active here
             return compile_graph(graph, fakes)
 
     with torch.no_grad():
         return aot_module_simplified(gm, inputs, fw_compiler=compile_outside, inference_compiler=compile_outside,
                                      decompositions={}, keep_inference_input_mutations=True)
+
+
+def bare_size(symbol: object, gm: torch.fx.GraphModule) -> torch.SymInt:
+    """The size that a symbol in the fake values of a graph stands for, not multiplied by anything."""
+    sizes = (i for n in gm.graph.nodes for i in getattr(n.meta.get("val"), "shape", ()) if isinstance(i, torch.SymInt))
+    env = next(i.node.shape_env for i in sizes if symbol in i.node.expr.free_symbols)
+    return env.create_symintnode(symbol, hint=int(hints_of(env)[symbol]))
 
 
 def inductor(gm: torch.fx.GraphModule, inputs: list, cache_tag: str):
@@ -201,3 +207,35 @@ def boxed(f):
 def tree_map(f, value: object) -> object:
     """f of every leaf of nested lists, tuples and dicts."""
     return torch.utils._pytree.tree_map(f, value)
+
+
+def shape_key(value: object) -> object:
+    """What of nested arguments decides shapes and sizes: tensors by shape and dtype, anything else by itself."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(shape_key, value))
+    return (value.dtype, *map(expression, value.shape)) if isinstance(value, torch.Tensor) else value
+
+
+def no_fake_mode():
+    """A context in which tensors are real, whatever fake mode is active outside."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def mark_dynamic(x: torch.Tensor, dim: int) -> None:
+    """torch.compile shall make no constant of this size."""
+    torch._dynamo.mark_dynamic(x, dim)
+
+
+def reset_compiler() -> None:
+    """Forget what torch.compile compiled, so that the next call captures again."""
+    torch._dynamo.reset()
+
+
+def graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A GraphModule whose Python code is made when it is first called, and not for every copy that is rewritten."""
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)

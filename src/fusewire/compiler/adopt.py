@@ -278,7 +278,8 @@ def _other(n: fx.Node, known: fx.Node) -> Any:
 @rule(lambda n: is_aten(n, "rsqrt"))
 def adopt_rms_norm(n: fx.Node) -> Verdict | None:
     """x * rsqrt(mean(x^2, -1) + eps) * weight in float32, with the weight in any of its spellings: F.rms_norm, Llama's
-    (rounded before the weight), Gemma's (1 + weight). Bit for bit the same: the reference is the same aten calls."""
+    (rounded before the weight), Gemma's (1 + weight). Bit for bit the same for a contiguous x: the
+    reference is the same aten calls on contiguous rows."""
     total = n.args[0]
     if not is_aten(total, "add") or not isinstance(total.args[1], float):
         return None

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -16,9 +17,10 @@ import torch
 from .. import compat
 from ..config import Config
 from ..consensus import agree, library_facts
-from ..errors import InputError
+from ..errors import FusewireError, InputError
 from ..group import resolve
 from ..op import op_of
+from .passes import check_rules
 from .plan import Capture, Plan, capture
 
 TOKEN_DIMS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": 1, "cache_position": 0}  # of a Hugging Face decoder
@@ -55,7 +57,7 @@ class Compiled:
         for name, dim in self.token_dims.items():
             t = bound.get(name)
             if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
-                torch._dynamo.mark_dynamic(t, dim)
+                compat.mark_dynamic(t, dim)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for m in self._hooked:  # training's business, which Dynamo refuses to trace
                 stack.callback(setattr, m, "_backward_hooks", m._backward_hooks)
@@ -64,6 +66,10 @@ class Compiled:
                 return self._run(*args, **kwargs)
             except _Captured:
                 return None
+            except torch._dynamo.exc.BackendCompilerFailed as e:  # a refusal of ours: it is a sentence already
+                if isinstance(e.inner_exception, FusewireError):
+                    raise e.inner_exception from None
+                raise
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         return compat.compile_aten(gm, inputs, self._compile)
@@ -100,14 +106,22 @@ class Compiled:
         self.last = found, size
         self.used[index, size, self.plan] += 1
         if plan.call is None:
-            plan.call = self._code(plan)
+            plan.call = self._code(plan, found.size_of)
         return plan.call(inputs)
 
-    def _code(self, plan: Plan) -> Callable[[list], Any]:
+    def _code(self, plan: Plan, size_of: Callable[[list], int]) -> Callable[[list], Any]:
         if self.config.codegen == "fx":
             return lambda inputs: plan.gm(*inputs)
-        fakes = [n.meta["val"] for n in plan.gm.graph.nodes if n.op == "placeholder"]
-        return compat.inductor(plan.gm, fakes, cache_tag(plan, self.config))
+        gm, multiple = plan.gm, plan.multiple
+        if bare := plan.symbol is not None and multiple > 1:
+            # Inductor can read a size off an input only if it is a symbol of its own, and here all are multiples of one.
+            gm = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+            with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+                gm.graph.placeholder("tokens").meta["val"] = compat.bare_size(plan.symbol, gm)
+            gm.recompile()
+        fakes = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        code = compat.inductor(gm, fakes, cache_tag(plan, self.config))
+        return lambda inputs: code([size_of(inputs) // multiple, *inputs] if bare else inputs)
 
 
 def program(plan: Plan) -> str:
@@ -144,4 +158,4 @@ def compile(model: Callable, config: Config | None = None, token_dims: dict[str,
     """
     if not callable(model):
         raise InputError(f"compile: {type(model).__name__} is not callable; give a module or a function")
-    return Compiled(model, config or Config(), TOKEN_DIMS if token_dims is None else token_dims)
+    return Compiled(model, check_rules(config or Config()), TOKEN_DIMS if token_dims is None else token_dims)

@@ -54,7 +54,8 @@ class Plan:
     def wire(self, size: int) -> list[tuple[fx.Node, int, int]]:
         """(node, bytes, messages) of every node that sends, where the captured token symbol is `size`."""
         if self._wire is None:
-            found = [(n, *cost.wire(n)) for n in self.gm.graph.nodes if n.op == "call_function"]
+            known: dict[Any, tuple[Any, int]] = {}
+            found = [(n, *cost.wire(n, known)) for n in self.gm.graph.nodes if n.op == "call_function"]
             self._wire = [w for w in found if w[2]]
         return [(n, cost.at(b, self.symbol, size // self.multiple), m) for n, b, m in self._wire]
 
@@ -169,10 +170,10 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
     for first, off in ranges(config, None if symbol is not None else int(count)):
         r = Range(first)
         found.ranges.append(r)
-        copied = fx.GraphModule(base, copy.deepcopy(base.graph))
+        copied = compat.graph_module(base, copy.deepcopy(base.graph))
         r.plans["replicated"] = build(Plan("replicated", copied, [], symbol), found, off)
-        if missing:
-            r.missing["sharded"] = missing
+        if missing or "split_all_reduce" in off:
+            r.missing["sharded"] = missing or f"the rule split_all_reduce is switched off from {first} tokens on"
             continue
         own, copied = timed(timings, "carry", carry, base, {symbol: multiple})
         mine = len(own.guards())
@@ -194,10 +195,10 @@ def timed(timings: dict[str, float], name: str, f: Callable, *args: Any) -> Any:
 def carry(gm: fx.GraphModule, multiples: dict) -> tuple[compat.Shapes, fx.GraphModule]:
     """A copy of the graph whose fake values are carried over into shapes of their own, see `compat.Shapes`."""
     shapes = compat.Shapes(multiples)
-    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    new = compat.graph_module(gm, copy.deepcopy(gm.graph))
     for n in new.graph.nodes:
         value = getattr(new, n.target) if n.op == "get_attr" else n.meta.get("val")
-        n.meta["val"] = compat.tree_map(shapes.carry, value)
+        n.meta["val"] = shapes.carry(value) if isinstance(value, torch.Tensor) else compat.tree_map(shapes.carry, value)
     return shapes, new
 
 
@@ -256,7 +257,7 @@ def build(plan: Plan, found: Capture, off: frozenset[str]) -> Plan:
         timed(found.timings, "merge_equal_calls", merge_equal_calls, plan.gm.graph)
     if (grown := plan.sent(size)[0]) > allowed:
         plan.refused = f"its passes would send {grown} bytes instead of {allowed}"
-        plan.gm = fx.GraphModule(found.unfused.gm, copy.deepcopy(found.unfused.gm.graph))
+        plan.gm = compat.graph_module(found.unfused.gm, copy.deepcopy(found.unfused.gm.graph))
         plan.symbol, plan.multiple, plan._wire, plan.verdicts = found.unfused.symbol, 1, None, []
     timed(found.timings, "lower", lower, plan.gm.graph)
     plan.gm.recompile()

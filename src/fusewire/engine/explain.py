@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import compat
 from ..compiler.capture import Compiled, compile
 from ..compiler.cost import seconds
 from ..compiler.explain import Report, SiteReport, costs_sentence, report
@@ -50,7 +51,7 @@ def _capture(compiled: Compiled, tokens: int, all_logits: bool) -> None:
     compiled.capture_only = True
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     positions = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    torch._dynamo.reset()
+    compat.reset_compiler()
     with torch.device("meta"):  # for what the model makes itself, masks and the like
         compiled(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=0 if all_logits else 1)
     if not compiled.captures:

@@ -32,7 +32,7 @@ def generate(model: Callable, cache: object, input_ids: Tensor, max_new_tokens: 
     step, rest = input_ids, input_ids.shape[1] % multiple
     if max_new_tokens and rest and input_ids.shape[1] > 2 * multiple:
         read(input_ids[:, :-rest])
-        step = input_ids[:, -rest:]
+        step = input_ids[:, -rest:].clone(memory_format=torch.contiguous_format)  # other strides would be compiled on their own
     for _ in range(max_new_tokens):
         token = read(step)[:, -1].argmax(-1)
         tokens.append(token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -277,22 +277,28 @@ def _check_plausible(tensors: Tensors, name: str, stored: Stored, parts: list[Te
                          f"{PLAUSIBLE[1]:g}; a scale was probably stored as its reciprocal, export the model again")
 
 
-def _share_inputs(model: nn.Module) -> None:
-    """Layers that read one input get one activation scale, the widest, so that it is quantized once."""
+def same_inputs(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, ShardedLinear]]]]:
+    """Layers that read one input and have a static scale for it: (the parent's name, the children and their names)."""
     for parent_name, parent in model.named_modules():
         same: dict[tuple, list[tuple[str, ShardedLinear]]] = {}
         for name, m in parent.named_children():
             if isinstance(m, ColumnParallelLinear) and m.param_names and getattr(m, m.param_names[0]) is not None:
                 same.setdefault((m.fmt, m.cols), []).append((name, m))
-        for (fmt, _), layers in same.items():
-            values = [getattr(m, m.param_names[0]) for _, m in layers]
-            # NVFP4's scale encodes: the widest range has the smallest
-            widest = torch.stack(values).amin(0) if fmt == "nvfp4" else torch.stack(values).amax(0)
-            if any(v != widest for v in values):
-                warnings.warn(f"{parent_name}: {', '.join(n for n, _ in layers)} read one input but have the activation scales "
-                              f"{[v.item() for v in values]}; all use {widest.item()}, the widest", stacklevel=3)
-            for _, m in layers:
-                m.set_params([widest.clone()])
+        for layers in same.values():
+            yield parent_name, layers
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Layers that read one input get one activation scale, the widest, so that it is quantized once."""
+    for parent_name, layers in same_inputs(model):
+        values = [getattr(m, m.param_names[0]) for _, m in layers]
+        # NVFP4's scale encodes: the widest range has the smallest
+        widest = torch.stack(values).amin(0) if layers[0][1].fmt == "nvfp4" else torch.stack(values).amax(0)
+        if any(v != widest for v in values):
+            warnings.warn(f"{parent_name}: {', '.join(n for n, _ in layers)} read one input but have the activation scales "
+                          f"{[v.item() for v in values]}; all use {widest.item()}, the widest", stacklevel=3)
+        for _, m in layers:
+            m.set_params([widest])  # one tensor: equal ones would be different inputs of a captured graph
 
 
 def _report_unused(tensors: Tensors, modules: list[tuple[str, nn.Module]], stored: dict[str, Stored],

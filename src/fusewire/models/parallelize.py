@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .. import formats
+from .. import compat, formats
 from ..errors import InputError
 from ..group import Group, of_process_group
 from ..ops.norm import rms_norm
@@ -212,7 +211,7 @@ def _norms(model: nn.Module) -> None:
 
 def _spelling(module: nn.Module, eps: float) -> tuple[float, bool] | None:
     """The (offset, cast_first) with which our rms_norm equals this module's forward, bit for bit in bf16; None if there is none."""
-    with unset_fake_temporarily(), torch.no_grad():
+    with compat.no_fake_mode(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(0)
         width = min(module.weight.shape[0], 1 << 16)  # whatever a broken config says
         weight, *xs = (scale * torch.randn(*lead, width, generator=generator, device="cpu").bfloat16()

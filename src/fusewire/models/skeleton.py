@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..group import Group
-from .checkpoint import config_of, empty_model, folder_of
+from .checkpoint import config_of, empty_model, folder_of, same_inputs
 from .files import read_json
 from .layers import ShardedLinear
 from .parallelize import format_name, shard
@@ -60,6 +60,9 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
         if isinstance(module, ShardedLinear) and stored.get(name, PLAIN).inputs:
             for param in module.param_names:
                 setattr(module, param, torch.empty((), device="meta"))
+    for _, layers in same_inputs(model):
+        for _, module in layers:
+            module.set_params([getattr(layers[0][1], param) for param in module.param_names])
     stands_for: dict[int, list[int]] = {i: [] for i in range(kept)}
     for i in range(n):  # the first layer and the last have neighbours of their own
         stands_for[i if kept == n or i == 0 else kept - 1 if i == n - 1 else 1 + (i - 1) % period].append(i)

@@ -40,7 +40,7 @@ def amax(x: Tensor) -> Tensor:
     return torch.cat([x.abs().amax(-1).reshape(-1).float(), x.new_zeros(1, dtype=torch.float32)]).amax()
 
 
-@op
+@op(fake=lambda amax, fmt: [amax.new_empty((), dtype=torch.float32) for _ in formats.get(fmt).params])
 def params_from_amax(amax: Tensor, fmt: str) -> list[Tensor]:
     """The params (float32 scalars) with which a tensor of that amax is quantized: how dynamic scales are made."""
     make = formats.get(fmt).params_from_amax
