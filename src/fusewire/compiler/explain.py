@@ -100,9 +100,9 @@ def report(found: Capture, size: int, plan: Plan) -> Report:
     rows = []
     for s in found.sites:
         row = _site(found, plan, s, size)
-        row = replace(row, why=text.sub(row.why))
         sent, messages = after.get(s.index, (0, 0))
-        rows.append(replace(row, sent_before=before.get(s.index, (0, 0))[0], sent_after=sent, messages=messages))
+        rows.append(replace(row, why=text.sub(row.why), sent_before=before.get(s.index, (0, 0))[0], sent_after=sent,
+                            messages=messages))
     return Report(plan.name, why, found.tokens(size), tuple(rows), found.timings)
 
 

@@ -39,7 +39,7 @@ def explain_model(path: str | Path, world_size: int, tokens: int, quantization: 
         chosen = found.choose(size, compiled.plan)
         reports = {p.name: expand(report(found, size, p), model) for p in (*found.range_of(size).plans.values(), found.unfused)}
         if compiled.config.plan != "auto" or found.why_not_sharded(size):
-            return replace(reports[chosen.name], why=report(found, size, chosen).why)
+            return reports[chosen.name]
         costs = {name: (r.sent_after, r.messages) for name, r in reports.items() if name != "unfused"}
         best = min(costs, key=lambda name: seconds(*costs[name], found.link))
         return replace(reports[best], why=costs_sentence(costs, found.link))

@@ -110,13 +110,10 @@ def run_text(session: Session, compiled: Compiled, ids: Tensor, max_tokens: int,
     compiled.used.clear()
     cache = static_cache(session.model, ids.shape[0], ids.shape[1] + max_tokens)
     times: list[float] = []
-    count = 0
 
     def seen(token: Tensor) -> None:
-        nonlocal count
         times.append(time.perf_counter())
-        count += 1
-        phase(f"decoding token {count + 1}")
+        phase(f"decoding token {len(times) + 1}")
         if on_token:
             on_token(int(token[0]))
 
