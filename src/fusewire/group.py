@@ -46,17 +46,22 @@ def resolve(name: str) -> Group:
 
 
 def of_process_group(pg: dist.ProcessGroup) -> Group:
-    """A torch process group (gloo, nccl) seen as a Group."""
+    """A torch process group (gloo, nccl) seen as a Group. Gloo moves what lies on a CUDA device through the CPU."""
+
+    def here(x: Tensor) -> Tensor:
+        return x.cpu() if x.is_cuda and "cuda:nccl" not in dist.get_backend_config(pg) else x
 
     def all_gather(x: Tensor) -> Tensor:
-        out = x.new_empty(pg.size() * x.numel())
-        compat.all_gather_into(out, x, pg)
-        return out
+        mine = here(x)
+        out = mine.new_empty(pg.size() * mine.numel())
+        compat.all_gather_into(out, mine, pg)
+        return out.to(x.device)
 
     def all_to_all(x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=pg)
-        return out
+        mine = here(x)
+        out = torch.empty_like(mine)
+        dist.all_to_all_single(out, mine, group=pg)
+        return out.to(x.device)
 
     return Group(pg.group_name, pg.size(), lambda: dist.get_rank(pg), all_gather, all_to_all)
 

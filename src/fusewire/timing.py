@@ -1,0 +1,81 @@
+"""How long calls take: candidates in turns, the median of the rounds, the slower rank."""
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from .group import Group
+
+MOST_CALLS = 20  # in one CUDA graph
+MOST_REPLAYS = 5
+ROUND_S = 0.02  # about how long a candidate runs in a round, if it does not take the most calls
+
+
+def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds: int = 5, graph: bool = True,
+            device: torch.device | None = None) -> dict[str, float]:
+    """Candidate -> microseconds a call: of each rank the median of rounds in which the candidates take turns, of these the largest.
+
+    candidates  functions that every rank calls alike, in the same order; each must have worked once already, or work when first
+                called outside a capture. To work on other data in each call, a function counts its calls.
+    group       the ranks that measure together
+    graph       on a CUDA device: replay CUDA graphs of up to MOST_CALLS calls; else the calls are made one by one
+    device      where the calls run; None: the current CUDA device if this process has one in use, else the CPU (wall clock)
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    batches: dict[str, tuple[Callable[[], object], int, int]] = {}
+    for name, call in candidates.items():
+        call()
+        once = slowest([_seconds(call, 1, device)], group, device)[0]
+        total = max(1, min(MOST_CALLS * MOST_REPLAYS, math.ceil(ROUND_S / max(once, 1e-9))))
+        calls = min(total, MOST_CALLS)
+        batches[name] = (_batch(call, calls, graph and device.type == "cuda"), calls, math.ceil(total / calls))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, (batch, calls, replays) in batches.items():
+            slowest([], group, device)
+            batch()  # on the devices, ranks that exchange something start the rest together
+            seconds[name].append(_seconds(batch, replays, device) / replays / calls)
+    medians = slowest([statistics.median(s) for s in seconds.values()], group, device)
+    return dict(zip(candidates, (1e6 * s for s in medians), strict=True))
+
+
+def slowest(values: Sequence[float], group: Group, device: torch.device) -> list[float]:
+    """The maxima of the ranks' values, the same on all ranks; returns when every rank has come and this one's device is idle."""
+    mine = torch.tensor([*values, 0.0], dtype=torch.float64, device=device)
+    return group.all_gather(mine.view(torch.uint8)).view(torch.float64).view(group.world_size, -1).amax(0).tolist()[:-1]
+
+
+def _batch(call: Callable[[], object], calls: int, graph: bool) -> Callable[[], object]:
+    """`calls` calls, as a CUDA graph if wanted."""
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    if not graph:
+        return run
+    captured = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    # Other threads (NCCL's, a workspace's) may ask the driver things meanwhile.
+    with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+        run()
+    return captured.replay
+
+
+def _seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    """How long `times` runs take, on the device's own clock if it is a CUDA one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
