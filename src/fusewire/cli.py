@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .bench import flags
 from .errors import FusewireError, InputError
 
 OFF = (0, -1)  # bounds that no token count is within
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="fusewire",
                  description="Hide the communication of tensor-parallel models behind their matmuls.")
     top.add_argument("--version", action="version", version=f"fusewire {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{run,explain,verify}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{run,explain,verify,bench}")
 
     run = commands.add_parser("run", help="generate text on several ranks, and report what was fused")
     _model(run)
@@ -53,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _choices(verify)
     verify.set_defaults(main=verify_command)
+
+    flags.add(commands)
     return top
 
 

@@ -33,6 +33,15 @@ def symmetric_memory(nbytes: int, group: str, device: torch.device) -> tuple[tor
     return memory, list(_SymmetricMemory.rendezvous(memory, group).buffer_ptrs)
 
 
+def symmetric_buffers(nbytes: int, group: str, device: torch.device) -> list[torch.Tensor]:
+    """The memory that `symmetric_memory` makes, of every rank in rank order, as uint8 (nbytes,) that can be read from here."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    memory, _ = symmetric_memory(nbytes, group, device)
+    handle = _SymmetricMemory.rendezvous(memory, group)
+    return [memory if r == handle.rank else handle.get_buffer(r, (nbytes,), torch.uint8) for r in range(handle.world_size)]
+
+
 def group_name(arg: object) -> str:
     """The group argument of a functional collective in a graph: a string, or in 2.13 a process group or a node."""
     if isinstance(arg, str):
@@ -149,6 +158,11 @@ def hints_of(env: object) -> dict:
 def all_gather_into(out: torch.Tensor, x: torch.Tensor, group: ProcessGroup) -> None:
     """x (n,) of every rank -> out (world_size * n,); renamed in 2.13."""
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, x, group=group)
+
+
+def reduce_scatter_into(out: torch.Tensor, x: torch.Tensor, group: ProcessGroup) -> None:
+    """x (world_size * n, ...) of every rank -> out (n, ...), the library's own sum; renamed in 2.13."""
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group)
 
 
 def expression(size: object) -> object:

@@ -1,1 +1,0 @@
-"""Measurements. Each module is a command: python -m bench.ops --help."""

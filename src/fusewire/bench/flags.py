@@ -1,0 +1,67 @@
+"""The flags of `fusewire bench`."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .shapes import SHAPES
+
+
+def names(text: str) -> list[str]:
+    """a,b,c"""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def counts(text: str) -> list[int]:
+    """1,2,3: positive whole numbers"""
+    try:
+        found = [int(n) for n in names(text)]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive whole numbers like 128,1024")
+    return found
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    bench = commands.add_parser("bench", help="measure ops, or a model-shaped stack, against others and against the ideal")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="{ops,model}")
+
+    ops = kinds.add_parser("ops", help="our ops against NCCL, PyTorch's fused ops and the matmul alone; numbers are checked first")
+    ops.add_argument("--ops", type=names, default="all_gather_matmul,matmul_reduce_scatter", metavar="OP,...",
+                     help="of all_gather_matmul, matmul_reduce_scatter, all_reduce_norm_quant (default: the first two)")
+    ops.add_argument("--tokens", type=counts, default="128,256,512,1024,2048,4096,8192,16384", metavar="N,...",
+                     help="tokens of all ranks together (default 128,256,...,16384)")
+    ops.set_defaults(main=_ops)
+
+    model = kinds.add_parser("model", help="a stack of decoder layers: unfused, fused, and without its collectives")
+    model.add_argument("--layers", type=int, default=8, help="how many (default 8)")
+    model.add_argument("--tokens", type=counts, default="1024,2048,4096,8192,16384,32768", metavar="N,...",
+                       help="prompt lengths; with --decode batch sizes (default 1024,...,32768; with --decode 1,2,...,256)")
+    model.add_argument("--decode", action="store_true", help="time one step of a batch with a full cache, instead of a prompt")
+    model.add_argument("--context", type=int, default=1024, help="with --decode: tokens of a sequence in the cache (default 1024)")
+    model.add_argument("--plan", default="auto", choices=("auto", "replicated", "sharded"), help="of the fused model")
+    model.add_argument("--codegen", default="fx", choices=("fx", "inductor"), help="of all of them")
+    model.set_defaults(main=_model)
+
+    for p in (ops, model):
+        p.add_argument("--formats", type=names, default="fp8_tensor", metavar="FORMAT,...", help="default fp8_tensor")
+        p.add_argument("--shape", default="llama-3-70b", help=f"of {', '.join(SHAPES)} (default llama-3-70b)")
+        p.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, metavar="N", help="how many ranks (default 2)")
+        p.add_argument("--loopback", action="store_true",
+                       help="one process plays all ranks: kernels and protocol without the wire; results are marked")
+        p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append a line of JSON for each measurement")
+        p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `bench`")
+
+
+def _ops(args: argparse.Namespace) -> int:
+    from .ops import command
+
+    return command(args)
+
+
+def _model(args: argparse.Namespace) -> int:
+    from .model import command
+
+    return command(args)

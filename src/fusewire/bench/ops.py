@@ -1,0 +1,151 @@
+"""`fusewire bench ops`: our ops against everybody else, in one process group, numbers first."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import backends, formats, timing  # noqa: F401  (backends register themselves)
+from .. import group as groups
+from ..backends import workspace
+from ..errors import FusewireError, InputError
+from ..group import Group
+from ..models.parallelize import resolve
+from . import results, shapes
+from .cases import NORM, OPS_MEASURED, Case, cases, inputs, versions
+from .checks import Check
+from .peers import Candidate, candidates, puller
+
+LINK_BYTES = 256 << 20
+NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
+"""NVLink multicast can put the GPUs of a shared host out of service."""
+
+
+class Measured(NamedTuple):
+    """What one case gave: lines for JSON, why some were left out, and whose numbers were wrong."""
+
+    lines: list[dict[str, Any]]
+    out: list[str]
+    wrong: list[str]
+
+
+def command(args: argparse.Namespace) -> int:
+    """`fusewire bench ops`: check what was asked for, then measure on every rank."""
+    from ..launch import RankContext, launch
+
+    for fmt in args.formats:
+        formats.get(fmt)
+    if unknown := [op for op in args.ops if op not in OPS_MEASURED]:
+        raise InputError(f"unknown op {unknown[0]!r}; known: {', '.join(OPS_MEASURED)}")
+    shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
+    if args.tensor_parallel_size < 2:
+        raise InputError(f"{args.tensor_parallel_size} rank exchanges nothing; give -tp 2 or more")
+    results.check_writable(args.out, args.plot)
+    os.environ |= NO_MULTICAST
+    if not args.loopback:
+        return launch(rank, args.tensor_parallel_size, args)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    rank(RankContext(0, 1, 0, device, lambda text: None), args)
+    return 0
+
+
+def rank(context: Any, args: argparse.Namespace) -> None:
+    """All of it on one rank; rank 0 prints and writes. FusewireError, at the end, if anybody's numbers were wrong."""
+    from rich.console import Console
+
+    group = groups.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
+    console = Console(width=None if os.isatty(1) else 240, soft_wrap=False, quiet=context.rank != 0, highlight=False)
+    try:
+        found, refused = cases(args.ops, args.formats, args.tokens, shapes.get(args.shape), group)
+        open_workspace(found, context.device)
+        link = None if args.loopback else measured_link(group, context.device)
+        about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
+        where = "loopback" if args.loopback else f"link {link / 1e9:.3g} GB/s" if link else "no link measured"
+        console.print(f"{args.shape}, {group.world_size} ranks, {about['gpu']}, torch {about['torch']}, {where}")
+        lines, wrong = [], []
+        out = {sentence: ["the sizes"] for sentence in refused}
+        for case in found:
+            context.phase(f"measuring {case.what} in {case.fmt}, {case.M} tokens")
+            done = measure(case, context.device, link, about)
+            lines += done.lines
+            for sentence in done.out:
+                out.setdefault(sentence, []).append(f"{case.what} {case.fmt} {case.M}")
+            wrong += done.wrong
+            if args.out and context.rank == 0:
+                results.write(done.lines, args.out)
+        names = {(c.op.name, c.K, c.N): c.what for c in found}
+        results.print_ops(console, lines, names)
+        for why, places in out.items():
+            console.print(f"not measured: {why} ({places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})")
+        if args.plot and context.rank == 0:
+            results.plot_ops(args.plot, lines, names)
+        if wrong:
+            raise FusewireError(f"wrong numbers, which were not measured: {'; '.join(wrong)}")
+    finally:
+        groups.close(group)
+
+
+def open_workspace(found: list[Case], device: torch.device) -> None:
+    """As large as the neediest backend of the neediest case wants it."""
+    if device.type != "cuda":
+        return
+    wants = [(case, nbytes) for case in found for b in case.op.backends if (nbytes := getattr(b, "nbytes", None))]
+    needs = [int(nbytes(*inputs(case, 0, torch.device("meta")))) for case, nbytes in wants]
+    needs += [case.group.world_size * case.M * case.N * 2 for case in found if case.op.name == NORM]
+    if needs:
+        workspace.open(found[0].group.name, max(needs), device)
+
+
+def measured_link(group: Group, device: torch.device) -> float | None:
+    """Bytes a second that this rank reads from its peers while they read from it; the slower rank's. None without a GPU."""
+    if device.type != "cuda":
+        return None
+    us = timing.measure({"pull": puller(group.name, LINK_BYTES, device)}, group, device=device)
+    return LINK_BYTES / us["pull"] * 1e6
+
+
+def measure(case: Case, device: torch.device, link: float | None, about: dict[str, Any]) -> Measured:
+    """Check every candidate's numbers, then time those that are right."""
+    sets = [inputs(case, v, device) for v in range(versions(case, device))]
+    taking_part, out = candidates(case, sets, device)
+    right, wrong = [], []
+    check = Check(case, sets[1], device)
+    for c in taking_part:
+        try:
+            c.run(0)
+            why = check.why_wrong(c.run(1), c.does, c.fast)
+        except FusewireError as e:
+            out.append(f"{c.name}: {e}")
+            continue
+        if why:
+            wrong.append(f"{c.name} of {case.what} in {case.fmt}, {case.M} tokens: {why}")
+        else:
+            right.append(c)
+    del check  # gigabytes of float64
+    if not any(c.does == "alone" for c in right):
+        return Measured([], [*out, "the ideal is not known"], wrong)
+    us = timing.measure({c.name: turning(c, len(sets)) for c in right}, case.group, device=device)
+    ideal = ideal_us(case, us, link)
+    cell = {"suite": "ops", "op": case.op.name, "format": case.fmt, "world_size": case.group.world_size, "M": case.M, "K": case.K,
+            "N": case.N}
+    lines = [{**cell, "candidate": name, "us": round(t, 3), "ideal_us": round(ideal, 3), **about} for name, t in us.items()]
+    return Measured(lines, out, wrong)
+
+
+def turning(c: Candidate, versions: int) -> Callable[[], object]:
+    """A call that works on the next version of the inputs each time."""
+    calls = count()
+    return lambda: c.run(next(calls) % versions)
+
+
+def ideal_us(case: Case, us: dict[str, float], link: float | None) -> float:
+    """The longer of computing and sending, if one hid the other: the best matmul alone that adds up precisely, or the norm alone;
+    the wire bytes over the measured link. Of all_reduce_norm_quant in loopback it is the copy of as many bytes."""
+    if case.op.name == NORM and link is None:
+        return us["copy"]
+    alone = min(t for name, t in us.items() if name.split(":")[0] in ("gemm", "norm") and name != "gemm:fast")
+    return max(alone, case.wire / link * 1e6 if link else 0.0)

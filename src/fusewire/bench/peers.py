@@ -1,0 +1,264 @@
+"""Who is measured: our backends, and what else does the same. A peer gives its call, or a sentence why it cannot take part."""
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import compat, formats
+from .. import group as groups
+from ..ops.dense import matmul
+from .cases import GATHER, NORM, SCATTER, Case
+from .checks import after, whole
+
+
+class Candidate(NamedTuple):
+    """One way to do it.
+
+    run   version of the inputs -> the outputs
+    does  "op"; "alone": the op without what is on the wire; "copy": as many bytes as the op moves, and nothing else
+    fast  it may add up in the fast mode of FP8 tensor cores
+    """
+
+    name: str
+    run: Callable[[int], list[Tensor]]
+    does: str = "op"
+    fast: bool = False
+
+
+def candidates(case: Case, sets: list[tuple], device: torch.device) -> tuple[list[Candidate], list[str]]:
+    """(who takes part, why the others do not). `sets` are the op's arguments, version by version."""
+    found, out = [], []
+    for peer in (fusewire, collectives, torch_symm_mem, flashinfer, alone, copy):
+        for c in peer(case, sets, device):
+            if isinstance(c, Candidate):
+                found.append(c)
+            else:
+                out.append(f"{peer.__name__}: {c}")
+    return found, out
+
+
+def _list(y: Any) -> list[Tensor]:
+    return list(y) if isinstance(y, (list, tuple)) else [y]
+
+
+def _call(run: Callable, sets: list[tuple]) -> Callable[[int], list[Tensor]]:
+    return lambda i: _list(run(*sets[i]))
+
+
+def _process_group(case: Case) -> dist.ProcessGroup | None:
+    return None if case.group.name in groups._made else compat.process_group(case.group.name)
+
+
+# --- ours
+
+
+def fusewire(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
+    """What the op chooses by itself, and each backend."""
+    yield Candidate("fusewire", _call(case.op.target, sets))
+    for b in (*case.op.backends, case.op._reference):
+        why = b.supports(*sets[0])
+        yield f"{b.name}: {why}" if why else Candidate(f"fusewire:{b.name}", _call(b.run, sets))
+
+
+# --- the unfused program
+
+
+def cublas(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str, fast: bool = False) -> Tensor:
+    """The matmul op as PyTorch itself runs it, in bfloat16; without a GPU its reference."""
+    if fmt not in ("fp8_tensor", "fp8_token") or not x[0].is_cuda:
+        return matmul.reference(x, params, w, None, fmt, torch.bfloat16)
+    a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
+    return torch._scaled_mm(x[0], w[0].t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+@functools.cache
+def _compiled(device: str) -> Callable[[Tensor, tuple], list[Tensor]]:
+    return torch.compile(after) if device == "cuda" else after
+
+
+def collectives(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
+    """`nccl` (or `gloo`): the collective library's own collective, and a cuBLAS matmul or a compiled norm beside it."""
+    if (pg := _process_group(case)) is None:
+        yield "a loopback group has no collectives"
+        return
+    name, then = "nccl" if device.type == "cuda" else "gloo", _compiled(device.type)
+
+    def gather(i: int) -> list[Tensor]:
+        x, params, w, _, fmt, *_ = sets[i]
+        full = [t.new_empty((t.shape[0] * pg.size(), *t.shape[1:])) for t in x]
+        for t, out in zip(x, full, strict=True):
+            compat.all_gather_into(out.view(-1).view(torch.uint8), t.view(-1).view(torch.uint8), pg)
+        return [cublas(full, params, w, fmt)]
+
+    def scatter(i: int) -> list[Tensor]:
+        x, params, w, _, fmt, *_ = sets[i]
+        y = cublas(x, params, w, fmt)
+        out = y.new_empty(y.shape[0] // pg.size(), y.shape[1])
+        compat.reduce_scatter_into(out, y, pg)
+        return [out]
+
+    def reduce(i: int) -> list[Tensor]:
+        total = sets[i][0].clone()  # in place it would grow from call to call
+        dist.all_reduce(total, group=pg)
+        return then(total, sets[i])
+
+    yield Candidate(name, {GATHER: gather, SCATTER: scatter, NORM: reduce}[case.op.name])
+
+
+# --- other libraries
+
+
+def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
+    """`torch`: PyTorch's own fused ops on symmetric memory."""
+    if device.type != "cuda" or _process_group(case) is None:
+        yield "PyTorch's symmetric memory needs CUDA devices and a process group"
+        return
+    if case.op.name != NORM and case.fmt not in ("bf16", "fp8_tensor", "fp8_token"):
+        yield f"its fused matmuls do not take {case.fmt}"
+        return
+    ops, name, bf16 = torch.ops.symm_mem, case.group.name, torch.bfloat16
+
+    def gather(i: int) -> list[Tensor]:
+        x, params, w, _, fmt, *_ = sets[i]
+        if fmt == "bf16":
+            return ops.fused_all_gather_matmul(x[0], [w[0].t()], 0, name, return_A=False)[1]
+        a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
+        return ops.fused_all_gather_scaled_matmul(x[0], [w[0].t()], a, [b], 0, name, [None], [None], [bf16], [False])[1]
+
+    def scatter(i: int) -> list[Tensor]:
+        x, params, w, _, fmt, *_ = sets[i]
+        if fmt == "bf16":
+            return [ops.fused_matmul_reduce_scatter(x[0], w[0].t(), "sum", 0, name)]
+        a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
+        return [ops.fused_scaled_matmul_reduce_scatter(x[0], w[0].t(), a, b, "sum", 0, 0, name, [case.M, case.N], out_dtype=bf16)]
+
+    if case.op.name != NORM:
+        yield Candidate("torch", gather if case.op.name == GATHER else scatter)
+        return
+    then, rows = _compiled("cuda"), len(sets)
+    memory, _ = compat.symmetric_memory(rows * case.M * case.N * 2, name, device)
+    xs = memory.view(bf16).view(rows, case.M, case.N)  # where a producer that knows of it could have written
+    for x, args in zip(xs, sets, strict=True):
+        x.copy_(args[0])
+    yield Candidate("torch", lambda i: then(ops.one_shot_all_reduce(xs[i], "sum", name), sets[i]))
+
+
+def flashinfer(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
+    """`flashinfer`: its fused all-reduce, by the backend "trtllm" alone: the others use NVLink multicast."""
+    if case.op.name != NORM:
+        return
+    pg = _process_group(case)
+    if device.type != "cuda" or pg is None or find_spec("flashinfer") is None:
+        yield "FlashInfer is not installed, or there are no CUDA devices and process group"
+        return
+    if case.fmt not in ("bf16", "fp8_tensor"):
+        yield f"it has no {case.fmt} for this GPU"
+        return
+    from flashinfer import comm
+
+    space = _flashinfer_workspace(pg, case.N)
+    if case.M > space.most_tokens:
+        yield f"its workspace was made for {space.most_tokens} tokens"
+        return
+    pattern = comm.AllReduceFusionPattern
+
+    def run(i: int) -> list[Tensor]:
+        x, residual, weight, eps, _, _, params, fmt, _, _ = sets[i]
+        total, y = torch.empty_like(x), torch.empty_like(x)
+        if fmt == "bf16":
+            comm.allreduce_fusion(x, space.memory, pattern.kARResidualRMSNorm, residual_in=residual, residual_out=total, norm_out=y,
+                                  rms_gamma=weight, rms_eps=eps, fp32_acc=True)
+            return [total, y]
+        q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        comm.allreduce_fusion(x, space.memory, pattern.kARResidualRMSNormFP8Quant, residual_in=residual, residual_out=total,
+                              quant_out=q, rms_gamma=weight, rms_eps=eps, scale_factor=params[0], fp32_acc=True)
+        return [total, q]
+
+    yield Candidate("flashinfer", run)
+
+
+class _Space(NamedTuple):
+    memory: Any
+    most_tokens: int
+
+
+@functools.cache
+def _flashinfer_workspace(pg: dist.ProcessGroup, hidden: int) -> _Space:
+    from flashinfer import comm
+
+    most = 4096
+    return _Space(comm.create_allreduce_fusion_workspace(
+        backend="trtllm", world_size=pg.size(), rank=pg.rank(), max_token_num=most, hidden_dim=hidden, dtype=torch.bfloat16,
+        group=pg), most)
+
+
+# --- bounds
+
+
+def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
+    """`gemm`, `gemm:fast`, `gemm:BACKEND`: the matmul on data that is gathered already; `norm`: what follows the sum."""
+    if case.op.name == NORM:
+        then = _compiled(device.type)
+        yield Candidate("norm", lambda i: then(sets[i][0], sets[i]), "alone")
+        return
+    xs = [whole(case, args) for args in sets]
+
+    def args(i: int) -> tuple:
+        return xs[i], sets[i][1], sets[i][2], None, case.fmt, torch.bfloat16
+
+    yield Candidate("gemm", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], case.fmt)], "alone")
+    if device.type == "cuda" and case.fmt in ("fp8_tensor", "fp8_token"):
+        yield Candidate("gemm:fast", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], case.fmt, True)], "alone", fast=True)
+    for b in matmul.backends:
+        if b.name != "aten" and b.supports(*args(0)) is None:
+            yield Candidate(f"gemm:{b.name}", _call(b.run, [args(i) for i in range(len(sets))]), "alone")
+
+
+def moved(case: Case) -> int:
+    """Bytes that the op must move: what travels; of all_reduce_norm_quant in loopback, all that it reads and writes, halved,
+    since a copy reads and writes."""
+    if case.op.name != NORM or _process_group(case) is not None:
+        return case.wire
+    parts = 0 if case.fmt == "bf16" else formats.nbytes(formats.get(case.fmt), case.M, case.N)
+    return (case.M * case.N * 2 * (3 + 2 * (case.group.world_size - 1)) + parts) // 2
+
+
+def copy(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
+    """`copy`: as many bytes, read from the peers' memory where there is a wire."""
+    n = moved(case)
+    pg = _process_group(case)
+    if pg is None or device.type != "cuda":
+        sources = [torch.randint(0, 255, (n,), dtype=torch.uint8, device=device) for _ in sets]
+        targets = [torch.empty_like(s) for s in sources]
+        yield Candidate("copy", lambda i: [targets[i].copy_(sources[i])], "copy")
+        return
+    pull = puller(case.group.name, n, device)
+    yield Candidate("copy", lambda i: [pull()], "copy")
+
+
+_buffers: dict[str, list[Tensor]] = {}
+
+
+def puller(group: str, nbytes: int, device: torch.device) -> Callable[[], Tensor]:
+    """() -> reads so many bytes, shared among the peers, from their memory into this rank's, all at once."""
+    pg = compat.process_group(group)
+    each = math.ceil(nbytes / (pg.size() - 1))
+    if group not in _buffers or _buffers[group][0].numel() < each:
+        _buffers[group] = compat.symmetric_buffers(max(each, 64 << 20), group, device)
+    peers = [b for r, b in enumerate(_buffers[group]) if r != pg.rank()]
+    out = torch.empty(len(peers), each, dtype=torch.uint8, device=device)
+
+    def pull() -> Tensor:
+        for to, peer in zip(out, peers, strict=True):
+            to.copy_(peer[:each])
+        return out
+
+    return pull
+

@@ -1,0 +1,150 @@
+"""Measurements as lines of JSON, as means, as tables and as a plot."""
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InputError
+
+GROUPS = {"1-127": range(1, 128), "128-512": range(128, 1024), "1024-2048": range(1024, 4096), "4096-": range(4096, 1 << 62)}
+"""Token counts that are averaged together."""
+BOUNDS = ("gemm", "norm", "copy")  # candidates that do less than the op
+CELL = ("op", "format", "K", "N", "M")  # what a line's time can be compared within
+
+
+def about(device: torch.device) -> dict[str, str]:
+    """Where and when a line was measured."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"gpu": gpu, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+def write(lines: Sequence[dict], out: Path) -> None:
+    """Append lines of JSON to a file."""
+    with out.open("a") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def check_writable(out: Path | None, plot: Path | None) -> None:
+    """InputError, before anything is measured, if the results could not be written or plotted."""
+    for path in filter(None, (out, plot)):
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{path} cannot be written: {path.absolute().parent} is not a folder; give a path in one")
+    if plot is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise InputError(f"--plot {plot} needs matplotlib, which is not installed; pip install 'fusewire[bench]'") from None
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN of nothing."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def cells(lines: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
+    """(op, format, K, N, M) -> candidate -> its line."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[k] for k in CELL), {})[line["candidate"]] = line
+    return found
+
+
+def means(lines: Iterable[dict]) -> list[dict[str, Any]]:
+    """For each (op kind, format, group of token counts) and candidate the geometric mean of time / ideal, and of its time over
+    Fusewire's. Only for candidates that took part at every size. The matmuls' ops are one kind."""
+    grouped: dict[tuple, list[dict[str, dict]]] = {}
+    for (op, fmt, _, _, m), by_name in cells(lines).items():
+        tokens = next(name for name, r in GROUPS.items() if m in r)
+        grouped.setdefault(("matmuls" if "matmul" in op else op, fmt, tokens), []).append(by_name)
+    found = []
+    for (kind, fmt, tokens), rows in grouped.items():
+        for name in dict.fromkeys(n for row in rows for n in row):
+            if all(name in row for row in rows):
+                found.append({
+                    "op": kind, "format": fmt, "tokens": tokens, "candidate": name,
+                    "over_ideal": geometric_mean(row[name]["us"] / row[name]["ideal_us"] for row in rows),
+                    "over_fusewire": geometric_mean(row[name]["us"] / row["fusewire"]["us"] for row in rows)
+                    if all("fusewire" in row for row in rows) else math.nan,
+                })
+    return found
+
+
+def table(console: Console, title: str, names: list[str], rows: list[list[str]], left: int = 1) -> None:
+    """A table whose first `left` columns are text and the others numbers."""
+    console.print(f"\n[bold]{title}[/]")
+    t = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(names):
+        t.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        t.add_row(*row)
+    console.print(t)
+
+
+def print_ops(console: Console, lines: list[dict], names_of: dict[tuple[str, int, int], str]) -> None:
+    """Microseconds of every candidate with its time / ideal, a table for each op and format; then the means.
+
+    names_of  (op, K, N) -> what the model calls it
+    """
+    tables: dict[tuple[str, str], list[tuple[tuple, dict[str, dict]]]] = {}
+    for cell, by_name in cells(lines).items():
+        tables.setdefault(cell[:2], []).append((cell, by_name))
+    for (op, fmt), rows in tables.items():
+        names = list(dict.fromkeys(n for _, by_name in rows for n in by_name))
+        shown = []
+        for (_, _, k, n, m), by_name in rows:
+            ideal = next(iter(by_name.values()))["ideal_us"]
+            times = [f"{by_name[c]['us']:.1f} {by_name[c]['us'] / ideal:.2f}" if c in by_name else "-" for c in names]
+            shown.append([names_of[op, k, n], str(m), f"{ideal:.1f}", *times])
+        table(console, f"{op}, {fmt}: us, time / ideal", ["", "M", "ideal", *names], shown)
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in means(lines):
+        found.setdefault((row["op"], row["format"], row["tokens"]), {})[row["candidate"]] = row
+    for kind in dict.fromkeys(k for k, _, _ in found):
+        of_kind = {key: by_name for key, by_name in found.items() if key[0] == kind}
+        names = list(dict.fromkeys(n for by_name in of_kind.values() for n in by_name))
+        shown = [[fmt, tokens, *(_mean(by_name.get(n)) for n in names)] for (_, fmt, tokens), by_name in of_kind.items()]
+        table(console, f"{kind}: geometric means of time / ideal, and fusewire's speed-up", ["", "M", *names], shown, left=2)
+
+
+def _mean(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    speed_up = "" if row["candidate"].split(":")[0] in BOUNDS else f" {row['over_fusewire']:.2f}x"
+    return f"{row['over_ideal']:.2f}{speed_up}"
+
+
+def plot_ops(path: Path, lines: list[dict], names_of: dict[tuple[str, int, int], str]) -> None:
+    """time / ideal over the token count as a PNG: a panel for each projection and format, a line for each candidate that does
+    the whole op."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
+    for (op, fmt, k, n, m), row in cells(lines).items():
+        for name, line in row.items():
+            if name.split(":")[0] not in BOUNDS:
+                panels.setdefault((names_of[op, k, n], fmt), {}).setdefault(name, []).append((m, line["us"] / line["ideal_us"]))
+    columns = min(4, len(panels))
+    figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, squeeze=False, layout="constrained",
+                                   figsize=(4.2 * columns, 3.2 * -(-len(panels) // columns)))
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for axis, ((what, fmt), by_name) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in by_name.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker=".", label=name, linewidth=2 if name == "fusewire" else 1)
+        axis.set(xscale="log", title=f"{what}, {fmt}", xlabel="tokens", ylabel="time / ideal")
+        axis.axhline(1, color="grey", linewidth=0.5)
+        axis.legend(fontsize=6)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
