@@ -18,7 +18,7 @@ from ..models.parallelize import resolve
 from . import results, shapes
 from .cases import NORM, OPS_MEASURED, Case, cases, inputs, versions
 from .checks import Check
-from .peers import Candidate, candidates, puller
+from .peers import FOREIGN, Candidate, candidates, puller
 
 LINK_BYTES = 256 << 20
 NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
@@ -118,8 +118,10 @@ def measure(case: Case, device: torch.device, link: float | None, about: dict[st
         try:
             c.run(0)
             why = check.why_wrong(c.run(1), c.does, c.fast)
-        except FusewireError as e:
-            out.append(f"{c.name}: {e}")
+        except Exception as e:
+            if not isinstance(e, FusewireError) and c.name not in FOREIGN:
+                raise
+            out.append(f"{c.name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
             continue
         if why:
             wrong.append(f"{c.name} of {case.what} in {case.fmt}, {case.M} tokens: {why}")

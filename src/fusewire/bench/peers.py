@@ -18,6 +18,9 @@ from .cases import GATHER, NORM, SCATTER, Case
 from .checks import after, whole
 
 
+FOREIGN = ("torch", "flashinfer")  # whatever these raise is their refusal
+
+
 class Candidate(NamedTuple):
     """One way to do it.
 
@@ -78,8 +81,9 @@ def cublas(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str, fas
     return torch._scaled_mm(x[0], w[0].t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-@functools.cache
-def _compiled(device: str) -> Callable[[Tensor, tuple], list[Tensor]]:
+@functools.lru_cache(maxsize=1)
+def _compiled(fmt: str, device: str) -> Callable[[Tensor, tuple], list[Tensor]]:
+    torch.compiler.reset()  # torch compiles a function only so many times: the token counts of one format fit
     return torch.compile(after) if device == "cuda" else after
 
 
@@ -88,7 +92,7 @@ def collectives(case: Case, sets: list[tuple], device: torch.device) -> Iterator
     if (pg := _process_group(case)) is None:
         yield "a loopback group has no collectives"
         return
-    name, then = "nccl" if device.type == "cuda" else "gloo", _compiled(device.type)
+    name, then = "nccl" if device.type == "cuda" else "gloo", _compiled(case.fmt, device.type)
 
     def gather(i: int) -> list[Tensor]:
         x, params, w, _, fmt, *_ = sets[i]
@@ -142,7 +146,7 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
     if case.op.name != NORM:
         yield Candidate("torch", gather if case.op.name == GATHER else scatter)
         return
-    then, rows = _compiled("cuda"), len(sets)
+    then, rows = _compiled(case.fmt, "cuda"), len(sets)
     memory, _ = compat.symmetric_memory(rows * case.M * case.N * 2, name, device)
     xs = memory.view(bf16).view(rows, case.M, case.N)  # where a producer that knows of it could have written
     for x, args in zip(xs, sets, strict=True):
@@ -205,7 +209,7 @@ def _flashinfer_workspace(pg: dist.ProcessGroup, hidden: int) -> _Space:
 def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
     """`gemm`, `gemm:fast`, `gemm:BACKEND`: the matmul on data that is gathered already; `norm`: what follows the sum."""
     if case.op.name == NORM:
-        then = _compiled(device.type)
+        then = _compiled(case.fmt, device.type)
         yield Candidate("norm", lambda i: then(sets[i][0], sets[i]), "alone")
         return
     xs = [whole(case, args) for args in sets]
