@@ -17,7 +17,6 @@ from ..ops.dense import matmul
 from .cases import GATHER, NORM, SCATTER, Case
 from .checks import after, whole
 
-
 FOREIGN = ("torch", "flashinfer")  # whatever these raise is their refusal
 
 
