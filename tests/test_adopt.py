@@ -451,7 +451,7 @@ def _fp8(rank):
         c = compile(c.model, Config(), {"ids": 0})
         with torch.no_grad():
             assert torch.equal(same_by_every_plan(c, ids(16)), c.model(ids(16))), "the bits of the original call"
-        assert {n.meta["backend"] for n in c.captures[0].unfused.gm.graph.nodes if op_of(n) is matmul} == {"aten"}
+        assert {n.meta["choice"].backend.name for n in c.captures[0].unfused.gm.graph.nodes if op_of(n) is matmul} == {"aten"}
         aten_backend.ON_CPU = False
 
 

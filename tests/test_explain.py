@@ -107,4 +107,4 @@ def test_the_report_is_plain_json(tmp_path):
     assert again["sent_after"] == sum(s["sent_after"] for s in again["sites"]) == report.sent_after
     assert again["fused"] == [s["verdict"] for s in again["sites"]].count("fused") == report.fused
     assert set(again["sites"][0]) == {"module", "what", "verdict", "why", "avoidable", "sent_before", "sent_after", "messages",
-                                      "backend", "refused"}
+                                      "backend", "chosen", "refused"}

@@ -173,7 +173,7 @@ def supported_backend() -> str:
         n = graph.call_function(amax.target, (x,))
         graph.output(n)
         lower.lower(graph)
-        said = n.meta["backend"], n.meta["refused"], fx.GraphModule({}, graph)(torch.ones(2)).item()
+        said = n.meta["choice"].backend.name, n.meta["choice"].refused, fx.GraphModule({}, graph)(torch.ones(2)).item()
     except AssertionError as e:
         return str(e)
     finally:
@@ -302,14 +302,14 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "merged across a write": (rewrite, "merge_equal_calls", ("seen.clear()", "pass")),
     "moved across a write": (rewrite, "hoist", (" or _mutates_between(before, n)", "")),
     # what is said, and what is chosen
-    "a fused op costs nothing": (cost, "WireMeter.__torch_dispatch__", ("self.bytes +=", "self.bytes += 0 *")),
+    "a fused op costs nothing": (op_module, "Meter.__torch_dispatch__", ("self.bytes +=", "self.bytes += 0 *")),
     "a plan that adds bytes is kept": (plan, "build", ("if (grown := plan.sent(size)[0]) > allowed", "if (grown := 0)")),
     "odd sizes run sharded": (plan, "Capture.why_not_sharded", ("size % sharded.multiple or", "False and")),
     "cache key without rank": (capture, "cache_tag", ("(g := resolve(name)).rank(), g.world_size", "resolve(name).world_size")),
     "cache key without world": (capture, "cache_tag", (".rank(), g.world_size)", ".rank())")),
     "cache key without plan": (capture, "cache_tag", (" {plan.name}", "")),
     "cache key without rules": (capture, "cache_tag", (" {sorted(config.rules.items())}", "")),
-    "an unsupported backend is chosen": (op_module, "Op.select", ("if (why := b.supports(*args)) is None", "if True")),
+    "an unsupported backend is chosen": (op_module, "Op.candidates", ("if why is None:", "if True:")),
 }
 SEEN_BY = {
     "the rows are gathered too": rows_travel_once, "a plan that adds bytes is kept": plans_add_no_bytes,

@@ -30,6 +30,7 @@ class Link:
 
 GLOO = Link(1.5e-3, 350e6)  # processes of one machine over loopback: 1-2 ms a message, 2-4 ms a MiB
 NVLINK = Link(12e-6, 390e9)  # H200: NCCL's smallest all-reduce, and the copy engine
+FLOPS_PER_S = 1.2e15  # H200: cuBLAS's FP8 matmuls of Llama-3-70B at 8,192 tokens; the model takes half of it for two-byte formats
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Config:
     codegen  "fx" runs the rewritten graph node by node, "inductor" compiles it
     link     the wire that the cost model assumes; None: gloo's for tensors on the CPU, else NVLink's
     strict   raise StrictError if a site that some enabled rule should fuse is not fused
+    tuning   a file that `fusewire tune` wrote, by which ops choose among their backends; None: $FUSEWIRE_TUNING, or else what is
+             packaged for this GPU; where nothing was measured a model of the cost decides
+    max_tokens  how many tokens of one run the groups' workspaces are made for; a call with more runs by backends without one
     """
 
     rules: dict[str, Bounds] = field(default_factory=dict)
@@ -48,11 +52,15 @@ class Config:
     codegen: str = "fx"
     strict: bool = False
     link: Link | None = None
+    tuning: str | None = None
+    max_tokens: int = 8192
 
     def __post_init__(self) -> None:
         for what, value, known in (("codegen", self.codegen, CODEGENS), ("plan", self.plan, PLANS)):
             if value not in known:
                 raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens is {self.max_tokens}; give the most tokens of one run, 1 or more")
 
     def allows(self, rule: str, tokens: int) -> bool:
         return self.rules.get(rule, Bounds()).holds(tokens)

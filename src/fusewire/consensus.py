@@ -9,16 +9,17 @@ import itertools
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from . import __version__, compat, group
-from .errors import FusewireError, MismatchError
+from .errors import FusewireError, InputError, MismatchError
 
 _SHOWN = 120  # characters of a value that a sentence shows
 _calls: Counter[tuple[str, str]] = Counter()
@@ -58,6 +59,33 @@ def agree(over: group.Group | dist.ProcessGroup, topic: str, facts: Mapping[str,
     if store.check([f"{base}gave_up"]):  # a rank that comes late must not go on alone
         by = store.get(f"{base}gave_up").decode()
         raise FusewireError(f"{topic}: rank {by} gave up waiting, after {timeout_s:g} s, for a rank that came too late")
+
+
+def from_first(over: group.Group, topic: str, make: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+    """What `make` returned on rank 0 of the group, plain JSON values, on every rank; an InputError of its on every rank too.
+
+    In a group that is not of processes every rank makes its own.
+    """
+    if over.world_size == 1 or over.name in group._made or dist.get_backend(compat.process_group(over.name)) == "fake":
+        return make()
+    pg = compat.process_group(over.name)
+    _calls[over.name, f"from first: {topic}"] += 1
+    store = compat.process_group_store(pg)
+    key = f"fusewire/first/{topic}/{_calls[over.name, f'from first: {topic}']}"
+    if dist.get_rank(pg) == 0:
+        try:
+            said = {"value": make()}
+        except InputError as e:
+            said = {"refused": str(e)}
+        store.set(key, json.dumps(said))
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except RuntimeError as e:
+        raise FusewireError(f"{topic}: rank 0 did not come within {timeout_s:g} s") from e
+    said = json.loads(store.get(key))
+    if "refused" in said:
+        raise InputError(said["refused"])
+    return said["value"]
 
 
 def library_facts() -> dict[str, str]:

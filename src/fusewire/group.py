@@ -17,6 +17,9 @@ from torch import Tensor
 from . import compat
 from .errors import FusewireError
 
+workspaces: dict[str, int | str] = {}
+"""Group name -> the bytes that one exchange may use of the group's workspace, or why there is no workspace."""
+
 _made: dict[str, Group] = {}
 _barriers: dict[str, threading.Barrier] = {}
 _releases: dict[str, list[Callable[[], None]]] = {}
@@ -85,6 +88,11 @@ def loopback_group(world_size: int, rank: int = 0) -> Group:
     return _register(Group(f"loopback{next(_count)}", world_size, lambda: rank, lambda x: x.repeat(world_size), all_to_all))
 
 
+def kind(name: str) -> str:
+    """"fake", "loopback" or "simulated" for a group that was made here, "" for one of processes."""
+    return name.rstrip("0123456789") if name in _made else ""
+
+
 def simulated_group(world_size: int, timeout_s: float = 60.0) -> Group:
     """`world_size` ranks that are threads of this process; run their programs with `simulate`."""
     slots: list[Tensor] = [torch.empty(0)] * world_size
@@ -146,6 +154,7 @@ def close(group: Group) -> None:
     """Free what is kept for a group; one that was made here is forgotten. Close a process group's before it is destroyed."""
     for release in _releases.pop(group.name, []):
         release()
+    workspaces.pop(group.name, None)
     _made.pop(group.name, None)
     _barriers.pop(group.name, None)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .. import compat, consensus
 from .. import group as groups
-from ..errors import FusewireError, InputError
+from ..errors import FusewireError, InputError, MismatchError
 
 BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
 REPORT_WORDS = 8
@@ -120,7 +120,7 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
         return old
     g = groups.resolve(group)
     made_here = group in groups._made
-    loopback = made_here and group.startswith("loopback")
+    loopback = groups.kind(group) == "loopback"
     if made_here and not loopback:
         raise InputError(f"the group {group!r} is not one of processes, so its ranks cannot share device memory; use a process "
                          "group or a loopback group")
@@ -155,9 +155,32 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
         torch.cuda.synchronize(dev)
     consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags are not zero yet
     _open[group] = workspace
+    groups.workspaces[group] = nbytes
     groups.on_close(group, lambda: close(group))
     threading.Thread(target=_watch, args=(workspace,), daemon=True, name=f"fusewire-watch-{group}").start()
     return workspace
+
+
+def try_open(group: str, nbytes: int, device: torch.device) -> None:
+    """`open` for a group that can do without: if any rank fails, no rank has a workspace, and `group.workspaces` says why.
+
+    Of a fake group, which no kernel will ever use, it is taken to be there.
+    """
+    if groups.kind(group) == "fake":
+        groups.workspaces[group] = nbytes
+        return
+    why = ""
+    try:
+        open(group, nbytes, device)
+    except (FusewireError, RuntimeError) as e:  # torch's, of symmetric memory
+        why = str(e).splitlines()[0]
+    try:  # a rank that failed between the meetings of `open` is waited for there first
+        consensus.agree(groups.resolve(group), "workspace made", {"made": not why}, timeout_s=150.0)
+    except MismatchError as e:
+        why = why or str(e)
+    if why:
+        close(group)
+        groups.workspaces[group] = f"no workspace: {why}"
 
 
 def find(group: str) -> Workspace | None:
@@ -185,6 +208,7 @@ def of(group: str) -> Workspace:
 def close(group: str) -> None:
     """Free a group's workspace, once this rank's kernels are done with it. Graphs that were captured with it are dead."""
     if (workspace := _open.pop(group, None)) is not None:
+        groups.workspaces.pop(group, None)
         torch.cuda.synchronize(workspace.device)
         workspace.memory = None
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from .. import compat
+from .. import compat, tuning
 from ..config import Config
 from ..consensus import agree, library_facts
 from ..errors import FusewireError, InputError
 from ..group import resolve
 from ..op import op_of
+from .lower import open_workspace
 from .passes import check_rules
 from .plan import Capture, Plan, capture
 
@@ -45,6 +46,7 @@ class Compiled:
 
     def __post_init__(self) -> None:
         self.plan = self.config.plan
+        self._prepared: set[str] = set()  # groups whose ops know by what to choose
         self._run = torch.compile(self.model, backend=self._backend, fullgraph=True)
         forward = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
         modules = self.model.modules() if isinstance(self.model, torch.nn.Module) else ()
@@ -80,22 +82,30 @@ class Compiled:
         found.timings["total"] = time.perf_counter() - start
         self.captures.append(found)
         index = len(self.captures) - 1
-        self._agree(found, index)
+        self._agree(found, f"graph {index}", {"sizes": str(found.tokens(1)), "codegen": self.config.codegen,
+                                              "plan": self.config.plan})
+        for name, nbytes in sorted(found.workspace_bytes(self.config.max_tokens).items()):
+            if name not in self._prepared:
+                group = resolve(name)
+                tuning.use(group, tuning.load(self.config.tuning, group, found.device), found.link)
+                self._prepared.add(name)
+            if nbytes:
+                open_workspace(name, nbytes, found.device)
+        found.lower()
+        self._agree(found, f"backends of graph {index}", {})
         if self.config.strict:
             from .explain import check_strict
 
             check_strict(found)
         return compat.boxed(functools.partial(self._dispatch, found, index))
 
-    def _agree(self, found: Capture, index: int) -> None:
+    def _agree(self, found: Capture, topic: str, facts: dict[str, str]) -> None:
         """All ranks run the same graphs, or all say which differ: before the first collective that depends on it."""
-        nodes = [n for n in found.unfused.gm.graph.nodes if op_of(n) and "group" in op_of(n).params]
-        facts = {"sizes": str(found.tokens(1)), "codegen": self.config.codegen, "plan": self.config.plan}
         for r in found.ranges:
             for name, plan in r.plans.items():
                 facts[f"{name} graph from {r.first} tokens"] = hashlib.sha256(program(plan).encode()).hexdigest()[:16]
-        for name in sorted({n.args[op_of(n).params.index("group")] for n in nodes}):
-            agree(resolve(name), f"graph {index}", facts)
+        for name in sorted({op_of(n).group(*n.args) for n in found.unfused.calls()}):
+            agree(resolve(name), topic, facts)
 
     def _dispatch(self, found: Capture, index: int, inputs: list) -> Any:
         if self.capture_only:
@@ -143,7 +153,7 @@ def cache_tag(plan: Plan, config: Config) -> str:
 
     Our graphs look ranks up when they run, so equal graphs are equal programs; the tag guards whatever else is in them.
     """
-    names = {a for n in plan.gm.graph.nodes if (o := op_of(n)) and "group" in o.params for a in [n.args[o.params.index("group")]]}
+    names = {op_of(n).group(*n.args) for n in plan.calls()}
     groups = [(name, (g := resolve(name)).rank(), g.world_size) for name in sorted(names)]
     return f"fusewire {groups} {plan.name} {sorted(config.rules.items())} {library_facts()}"
 

@@ -4,33 +4,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import compat
 from ..config import Link
-from ..op import OPS, op_of
+from ..op import Meter, op_of
 from .rewrite import val
-
-
-class WireMeter(TorchDispatchMode):
-    """Counts the bytes and the messages of the ops that run under it; a fused op costs what is inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Any = 0
-        self.messages = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        o = OPS.get(func._opname) if func.namespace == "fusewire" else None
-        if o is None:
-            return func(*args, **(kwargs or {}))
-        if o.wire:
-            self.bytes += o.wire(*args)
-            self.messages += 1
-        if o.fake:
-            return o.fake(*args)
-        with self:
-            return o.reference(*args)
 
 
 def wire(n: fx.Node, known: dict[Any, tuple[Any, int]]) -> tuple[Any, int]:
@@ -42,7 +20,7 @@ def wire(n: fx.Node, known: dict[Any, tuple[Any, int]]) -> tuple[Any, int]:
         return 0, 0
     key = o.name, compat.shape_key(val(n.args))
     if key not in known:
-        with WireMeter() as meter:
+        with Meter() as meter:
             o.target(*val(n.args))
         known[key] = meter.bytes, meter.messages
     return known[key]

@@ -12,6 +12,7 @@ from ..errors import InputError, StrictError
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter
 from .cost import seconds
+from .lower import choice
 from .plan import Capture, Plan, Site
 from .rewrite import Verdict
 
@@ -25,7 +26,9 @@ class SiteReport:
     verdict    "fused" or "missed"; a site is fused when none of its halves is left on its own beside a matmul
     avoidable  a miss that the user's choices or the graph caused, not the lack of a matmul to fuse with
     sent       bytes a rank sends for it, before and after, ring-equivalent; in so many messages after
-    backend    who runs what it became, and why each backend tried earlier was refused
+    backend    who runs what it became
+    chosen     for each of these, how it was chosen where there were several: "measured ..." or "modelled"
+    refused    the other backends, and why they were not to be had
     """
 
     module: str
@@ -37,6 +40,7 @@ class SiteReport:
     sent_after: int
     messages: int
     backend: str
+    chosen: tuple[str, ...]
     refused: tuple[str, ...]
 
 
@@ -155,10 +159,11 @@ def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
             missed |= can or o is not reduce_scatter
     fusions = list(dict.fromkeys(v.why for v in verdicts if v.kind == "fused" and v.rule in FUSING))
     why = "; ".join([*(f"into {f}" for f in fusions), *whys]) or "nothing of it is left"
-    runs = made or nodes
-    return SiteReport(site.module, site.what, "missed" if missed else "fused", why, avoidable, 0, 0, 0,
-                      ", ".join(dict.fromkeys(f"{op_of(n).name}.{n.meta['backend']}" for n in runs)),
-                      tuple(dict.fromkeys(r for n in runs for r in n.meta["refused"])))
+    runs = {n: choice(n, plan.at(size)) for n in made or nodes}
+    chosen = {f"{op_of(n).name}.{c.backend.name}": c.how for n, c in runs.items()}
+    return SiteReport(site.module, site.what, "missed" if missed else "fused", why, avoidable, 0, 0, 0, ", ".join(chosen),
+                      tuple(chosen.values()),
+                      tuple(dict.fromkeys(f"{op_of(n).name}.{r}" for n, c in runs.items() for r in c.refused)))
 
 
 def _leftover(found: Capture, plan: Plan, n: fx.Node, verdicts: list[Verdict], size: int) -> tuple[str, bool]:

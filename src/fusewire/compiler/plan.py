@@ -59,6 +59,14 @@ class Plan:
             self._wire = [w for w in found if w[2]]
         return [(n, cost.at(b, self.symbol, size // self.multiple), m) for n, b, m in self._wire]
 
+    def at(self, size: int) -> Callable[[Any], int]:
+        """How to read a size of this graph's fake values, where the captured token symbol is `size`."""
+        return lambda n: cost.at(n, self.symbol, size // self.multiple)
+
+    def calls(self) -> list[fx.Node]:
+        """The calls of ops that exchange something."""
+        return [n for n in self.gm.graph.nodes if (o := op_of(n)) is not None and "group" in o.params]
+
     def sent(self, size: int) -> tuple[int, int]:
         """(bytes, messages) that a rank sends in one run."""
         found = self.wire(size)
@@ -93,8 +101,31 @@ class Capture:
     timings: dict[str, float]
     new_guards: list[str]
     config: Config
+    device: torch.device
     link: Link
     _chosen: dict[tuple[int, str], Plan] = field(default_factory=dict)
+
+    def plans(self) -> list[Plan]:
+        return [self.unfused, *(p for r in self.ranges for p in r.plans.values())]
+
+    def workspace_bytes(self, tokens: int) -> dict[str, int]:
+        """Group -> the most of its workspace that a call needs in a run of so many tokens; 0 if none needs any."""
+        needs: dict[str, int] = {}
+        size, times = max(1, tokens // max(1, self.tokens(1))), 1
+        if self.unfused.symbol is None:  # there may be other captures, with more tokens
+            size, times = 1, size
+        for plan in self.plans():
+            for n in plan.calls():
+                o, args = op_of(n), val(n.args)
+                able = [b.nbytes for b in o.backends if b.nbytes and b.supports(*args) is None]
+                needs[o.group(*args)] = max([needs.get(o.group(*args), 0), *(times * plan.at(size)(f(*args)) for f in able)])
+        return needs
+
+    def lower(self) -> None:
+        """Every call gets its backend, once it is known by what its ops choose and what workspaces there are."""
+        for plan in self.plans():
+            timed(self.timings, "lower", lower, plan.gm.graph)
+            plan.gm.recompile()
 
     def size_at(self, tokens: int | None) -> int | None:
         """The token symbol's value for so many tokens, None if this graph cannot run them; for None any that it can."""
@@ -166,7 +197,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
     multiple = 1 if symbol is None else w // math.gcd(w, *(cost.at(c, symbol, 1) for c in counts))
 
     found = Capture(sites, Plan("unfused", base, verdicts, symbol), [], lambda size: cost.at(count, symbol, size), size_of,
-                    timings, [], config, config.link or link_of(inputs))
+                    timings, [], config, device := device_of(inputs), config.link or (GLOO if device.type == "cpu" else NVLINK))
     for first, off in ranges(config, None if symbol is not None else int(count)):
         r = Range(first)
         found.ranges.append(r)
@@ -180,7 +211,6 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
         r.plans["sharded"] = build(Plan("sharded", copied, [], own.symbols.get(symbol), multiple), found, off)
         found.new_guards += own.guards()[mine:]
     found.new_guards += shapes.guards()[guards:]
-    lower(base.graph)
     base.recompile()
     return found
 
@@ -220,9 +250,10 @@ def module_of(n: fx.Node) -> str:
     return compat.module_name(names[-1]) if names else ""
 
 
-def link_of(inputs: list) -> Link:
-    """The wire between ranks that hold such tensors, by device."""
-    return GLOO if any(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in inputs) else NVLINK
+def device_of(inputs: list) -> torch.device:
+    """Where a graph with such inputs runs: a CUDA device if one of them lies there."""
+    found = [v.device for v in inputs if isinstance(v, torch.Tensor)] or [torch.device("cpu")]
+    return next((d for d in found if d.type == "cuda"), found[0])
 
 
 def reader(inputs: list, symbol: Any) -> Callable[[list], int]:
@@ -249,7 +280,7 @@ def ranges(config: Config, tokens: int | None) -> list[tuple[int, frozenset[str]
 
 
 def build(plan: Plan, found: Capture, off: frozenset[str]) -> Plan:
-    """Run the plan's passes, keep them only if the wire bytes do not grow, and lower the result."""
+    """Run the plan's passes; keep them only if the wire bytes do not grow."""
     size = 1 if plan.symbol is None else 4096 * plan.multiple
     allowed = found.unfused.sent(size)[0]
     for rules in PLANS[plan.name]:
@@ -259,7 +290,6 @@ def build(plan: Plan, found: Capture, off: frozenset[str]) -> Plan:
         plan.refused = f"its passes would send {grown} bytes instead of {allowed}"
         plan.gm = compat.graph_module(found.unfused.gm, copy.deepcopy(found.unfused.gm.graph))
         plan.symbol, plan.multiple, plan._wire, plan.verdicts = found.unfused.symbol, 1, None, []
-    timed(found.timings, "lower", lower, plan.gm.graph)
     plan.gm.recompile()
     return plan
 

@@ -67,7 +67,7 @@ def relayout(x: list[Tensor], fmt: str, to: str, k: int) -> list[Tensor]:
     return formats.layout.relayout(x, fmt, to, x[0].shape[0], k)
 
 
-@op(fake=_product)
+@op(fake=_product, flops=lambda x, params, w, *_: 2 * x[0].numel() * w[0].shape[0] * x[0].element_size())
 def matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
     """y = x @ w.T + bias.
 

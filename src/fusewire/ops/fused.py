@@ -11,7 +11,7 @@ from .dense import linear, matmul, quantize, relayout
 from .norm import add_rms_norm, rms_norm
 
 
-@op
+@op(rows=("x",))
 def all_gather_matmul(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
                       dtype: torch.dtype, group: str) -> list[Tensor]:
     """One all_gather of x's parts for several matmuls.
@@ -28,14 +28,14 @@ def all_gather_matmul(x: list[Tensor], params: list[Tensor], ws: list[Tensor], b
     return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
 
 
-@op
+@op(rows=("x",))
 def matmul_reduce_scatter(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str,
                           dtype: torch.dtype, group: str) -> Tensor:
     """`matmul` (see there), then `reduce_scatter`: (tokens / world_size, n)."""
     return reduce_scatter(matmul(x, params, w, bias, fmt, dtype), group)
 
 
-@op
+@op(rows=("x", "residual"))
 def all_reduce_norm_quant(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
                           params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> list[Tensor]:
     """all_reduce, residual add (if there is one), RMSNorm, quantize (unless fmt is bf16).

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import formats
 from ...errors import FusewireError
+from ...ops.collectives import world_size
 from ...ops.fused import all_reduce_norm_quant
 from .. import workspace
 
@@ -41,9 +42,7 @@ def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         return f"hidden = {hidden} is not in {HIDDEN.start} to {HIDDEN.stop - 1}"
     if hidden % (multiple := formats.get(fmt).k_multiple):
         return f"hidden = {hidden} is not a multiple of {multiple}, as {fmt} needs"
-    if (space := workspace.find(group)) is None:
-        return f"the group {group!r} has no workspace; call workspace.open(group, nbytes) on every rank"
-    if space.world_size == 1:
+    if world_size(group) == 1:
         return "one rank has nothing to exchange"
     return None
 
@@ -60,7 +59,18 @@ def _block(hidden: int) -> int:
     return max(128, 1 << (hidden - 1).bit_length())
 
 
-@all_reduce_norm_quant.backend("triton", supports=_why_not)
+def _nbytes(x: Tensor, *args) -> int:
+    return world_size(args[-1]) * x.shape[0] * max(_slot(x), workspace.BYTES_PER_FLAG)
+
+
+def _slot(x: Tensor) -> int:
+    """Bytes of a row in the workspace."""
+    return -(-x.shape[1] // 8) * 8 * x.element_size()
+
+
+# 5 us: a row on two H200. A rank sends its rows to each peer, world_size / 2 times the bytes of a ring.
+@all_reduce_norm_quant.backend("triton", supports=_why_not, nbytes=_nbytes,
+                               seconds=lambda u: 5e-6 + u.world_size / 2 * u.wire_s)
 def one_shot(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
              params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> list[Tensor]:
     return exchange(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group)
@@ -81,8 +91,7 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     out = [total, *([] if norm is None else [norm]), *parts]
     if rows == 0:
         return out
-    slot = -(-hidden // 8) * 8 * x.element_size()
-    space.need("all_reduce_norm_quant", space.world_size * rows * slot, space.world_size * rows)
+    space.need("all_reduce_norm_quant", space.world_size * rows * _slot(x), space.world_size * rows)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     warps, resident = _launch(rows, hidden)
     programs = min(rows, resident * processors)
