@@ -43,7 +43,7 @@ class Tuning:
         measured = {m: found for m, us in self.us.get(call, {}).items() if (found := {n: us[n] for n in names if n in us})}
         if not measured:
             return None
-        at = min(sorted(measured), key=lambda m: abs(math.log(max(m, 1)) - math.log(max(tokens, 1))))
+        at = min(sorted(measured), key=lambda m: abs(math.log2(max(m, 1)) - math.log2(max(tokens, 1))))
         return min(measured[at], key=measured[at].__getitem__)
 
     @property
