@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..compiler.cost import WireMeter
 from ..errors import InputError
 from ..group import Group
-from ..op import OPS, Op
+from ..op import OPS, Meter, Op
 from ..ops import fused  # noqa: F401  (declares the ops)
 from . import shapes
 
@@ -42,7 +41,7 @@ class Case:
     @property
     def wire(self) -> int:
         """Bytes that a rank sends, as rings would."""
-        with WireMeter() as meter:
+        with Meter() as meter:
             self.op.target(*inputs(self, 0, torch.device("meta")))
         return meter.bytes
 
