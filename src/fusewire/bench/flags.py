@@ -37,12 +37,13 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     model = kinds.add_parser("model", help="a stack of decoder layers: unfused, fused, and without its collectives")
     model.add_argument("--layers", type=int, default=8, help="how many (default 8)")
-    model.add_argument("--tokens", type=counts, default="1024,2048,4096,8192,16384,32768", metavar="N,...",
+    model.add_argument("--tokens", type=counts, metavar="N,...",
                        help="prompt lengths; with --decode batch sizes (default 1024,...,32768; with --decode 1,2,...,256)")
     model.add_argument("--decode", action="store_true", help="time one step of a batch with a full cache, instead of a prompt")
     model.add_argument("--context", type=int, default=1024, help="with --decode: tokens of a sequence in the cache (default 1024)")
     model.add_argument("--plan", default="auto", choices=("auto", "replicated", "sharded"), help="of the fused model")
-    model.add_argument("--codegen", default="fx", choices=("fx", "inductor"), help="of all of them")
+    model.add_argument("--codegen", default="fx", choices=("fx", "inductor"), help="how all of them run (default fx)")
+    model.add_argument("--eager", action="store_true", help="call by call, not as CUDA graphs")
     model.set_defaults(main=_model)
 
     for p in (ops, model):

@@ -148,3 +148,47 @@ def plot_ops(path: Path, lines: list[dict], names_of: dict[tuple[str, int, int],
         axis.legend(fontsize=6)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def exposed(us: dict[str, float]) -> float:
+    """How much of the communication is still seen: (fused - floor) / (unfused - floor); NaN where there is none."""
+    hidden = us["unfused"] - us["floor"]
+    return (us["fused"] - us["floor"]) / hidden if hidden > 0 else math.nan
+
+
+def stacks(lines: Iterable[dict]) -> dict[tuple[str, int], tuple[dict[str, float], str]]:
+    """(format, tokens) -> (candidate -> microseconds, the fused one's plan) of one stack's lines."""
+    found: dict[tuple[str, int], tuple[dict[str, float], str]] = {}
+    for line in lines:
+        found.setdefault((line["format"], line["tokens"]), ({}, line["plan"]))[0][line["candidate"]] = line["us"]
+    return found
+
+
+def print_model(console: Console, lines: list[dict]) -> None:
+    """A line for each token count: milliseconds, tokens a second, gain and exposed communication."""
+    rows = [[fmt, str(tokens), plan, *(f"{us[c] / 1e3:.3f}" for c in ("unfused", "fused", "floor")),
+             *(f"{tokens / us[c] * 1e6:.0f}" for c in ("unfused", "fused")), f"{us['unfused'] / us['fused'] - 1:+.1%}",
+             f"{exposed(us):.1%}"] for (fmt, tokens), (us, plan) in stacks(lines).items()]
+    table(console, "ms, tokens/s, gain, exposed communication",
+          ["", "tokens", "plan", "unfused", "fused", "floor", "unfused/s", "fused/s", "gain", "exposed"], rows)
+
+
+def plot_model(path: Path, lines: list[dict]) -> None:
+    """Time over the floor's, by token count, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(layout="constrained")
+    points: dict[str, list[tuple[int, float]]] = {}
+    for (fmt, tokens), (us, _) in stacks(lines).items():
+        for name in ("unfused", "fused"):
+            points.setdefault(f"{name}, {fmt}", []).append((tokens, us[name] / us["floor"]))
+    for name, of_name in points.items():
+        axis.plot(*zip(*sorted(of_name), strict=True), marker=".", label=name)
+    axis.set(xscale="log", xlabel="tokens", ylabel="time / floor")
+    axis.axhline(1, color="grey", linewidth=0.5)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -25,6 +25,7 @@ from .passes import check_rules
 from .plan import Capture, Plan, capture
 
 TOKEN_DIMS = {"input_ids": 1, "inputs_embeds": 1, "position_ids": 1, "cache_position": 0}  # of a Hugging Face decoder
+INLINED_ON = ("cuda",)  # on a CPU, compiling what is in an op takes minutes
 
 
 class _Captured(Exception):
@@ -122,16 +123,22 @@ class Compiled:
     def _code(self, plan: Plan, size_of: Callable[[list], int]) -> Callable[[list], Any]:
         if self.config.codegen == "fx":
             return lambda inputs: plan.gm(*inputs)
-        gm, multiple = plan.gm, plan.multiple
+        gm, multiple = torch.fx.GraphModule(plan.gm, copy.deepcopy(plan.gm.graph)), plan.multiple
+        for n in gm.graph.nodes:
+            if (o := op_of(n)) is not None and o.tokens and n.meta["backend"] == "reference" and _device(n) in INLINED_ON:
+                n.target = o.reference  # plain Python: Inductor sees what is in it, and fuses a norm with a quantization
         if bare := plan.symbol is not None and multiple > 1:
             # Inductor can read a size off an input only if it is a symbol of its own, and here all are multiples of one.
-            gm = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
             with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
                 gm.graph.placeholder("tokens").meta["val"] = compat.bare_size(plan.symbol, gm)
-            gm.recompile()
+        gm.recompile()
         fakes = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
         code = compat.inductor(gm, fakes, cache_tag(plan, self.config))
         return lambda inputs: code([size_of(inputs) // multiple, *inputs] if bare else inputs)
+
+
+def _device(n: torch.fx.Node) -> str:
+    return next(t.device.type for t in torch.utils._pytree.tree_leaves(n.meta["val"]))
 
 
 def program(plan: Plan) -> str:

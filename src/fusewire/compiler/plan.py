@@ -103,6 +103,7 @@ class Capture:
     config: Config
     device: torch.device
     link: Link
+    others: dict[str, Plan] = field(default_factory=dict)  # by name, for whoever runs a program of their own on the same inputs
     _chosen: dict[tuple[int, str], Plan] = field(default_factory=dict)
 
     def plans(self) -> list[Plan]:
@@ -141,7 +142,8 @@ class Capture:
         return [r for r in self.ranges if r.first <= tokens or r is self.ranges[0]][-1]
 
     def choose(self, size: int, wanted: str) -> Plan:
-        """The plan for a run, where `wanted` is one of config.PLANS. It depends on these alone, so every rank chooses the same."""
+        """The plan for a run, where `wanted` is one of config.PLANS or of `others`. It depends on these alone, so every rank
+        chooses the same."""
         if (plan := self._chosen.get((size, wanted))) is None:
             plan = self._chosen[size, wanted] = self._choose(size, wanted)
         return plan
@@ -157,6 +159,8 @@ class Capture:
         return None
 
     def _choose(self, size: int, wanted: str) -> Plan:
+        if wanted in self.others:
+            return self.others[wanted]
         plans = self.range_of(size).plans
         if wanted == "unfused":
             return self.unfused

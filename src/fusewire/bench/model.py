@@ -1,0 +1,129 @@
+"""`fusewire bench model`: a model-shaped stack, unfused, fused and without its collectives."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import group as groups
+from .. import timing
+from ..compiler.capture import Compiled, compile
+from ..config import Config
+from ..errors import FusewireError, InputError
+from ..models.parallelize import format_name, resolve
+from . import floor, results, shapes
+from .ops import NO_MULTICAST
+from .stack import stack
+
+CANDIDATES = ("unfused", "fused", "floor")
+PROMPTS = (1024, 2048, 4096, 8192, 16384, 32768)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FAR = 0.25  # root mean square of the difference of logits, over that of the logits: random weights make small errors large
+
+
+def command(args: argparse.Namespace) -> int:
+    """`fusewire bench model`: check what was asked for, then measure on every rank."""
+    from ..launch import RankContext, launch
+
+    for fmt in args.formats:
+        format_name(fmt)
+    args.tokens = args.tokens or list(BATCHES if args.decode else PROMPTS)
+    shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
+    for what, least in (("layers", 1), ("context", 2), ("tensor_parallel_size", 2)):
+        if (n := getattr(args, what)) < least:
+            raise InputError(f"--{what.replace('_', '-')} {n} is too small; give {least} or more")
+    results.check_writable(args.out, args.plot)
+    os.environ |= NO_MULTICAST
+    if not args.loopback:
+        return launch(rank, args.tensor_parallel_size, args)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    rank(RankContext(0, 1, 0, device, lambda text: None), args)
+    return 0
+
+
+def rank(context: Any, args: argparse.Namespace) -> None:
+    """All of it on one rank; rank 0 prints and writes. FusewireError if the fused model's logits are not the unfused one's."""
+    from rich.console import Console
+
+    group = groups.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
+    console = Console(width=None if os.isatty(1) else 240, soft_wrap=False, quiet=context.rank != 0, highlight=False)
+    about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
+    console.print(f"{args.shape}, {args.layers} layers, {group.world_size} ranks, {args.codegen} code, {about['gpu']}, "
+                  f"torch {about['torch']}{', loopback' if args.loopback else ''}")
+    lines: list[dict[str, Any]] = []
+    try:
+        for fmt in map(format_name, args.formats):
+            cache = (max(args.tokens), args.context) if args.decode else None
+            context.phase(f"making {args.layers} layers in {fmt}")
+            model = stack(shapes.get(args.shape), args.layers, fmt, group, context.device, cache)
+            config = Config(plan=args.plan, codegen=args.codegen)
+            compiled = compile(model, config, {"input_ids": 0} if args.decode else None)
+            head = {"suite": "decode" if args.decode else "model", "shape": args.shape, "layers": args.layers, "format": fmt,
+                    "world_size": group.world_size, **({"context": args.context} if args.decode else {}), "codegen": args.codegen}
+            for tokens in args.tokens:
+                context.phase(f"measuring {fmt}, {tokens} tokens")
+                inputs = decode_inputs(tokens, args, context.device) if args.decode else prompt_inputs(tokens, args, context.device)
+                us, plan = measure(compiled, inputs, args, group, context.device)
+                lines += [{**head, "tokens": tokens, "candidate": name, "us": round(t, 3), "plan": plan, **about}
+                          for name, t in us.items()]
+                if args.out and context.rank == 0:
+                    results.write(lines[-len(us):], args.out)
+            del model, compiled
+        results.print_model(console, lines)
+        if args.plot and context.rank == 0:
+            results.plot_model(args.plot, lines)
+    finally:
+        groups.close(group)
+
+
+def prompt_inputs(tokens: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One prompt of so many tokens."""
+    return {"input_ids": _ids(1, tokens, args, device), "position_ids": torch.arange(tokens, device=device)[None],
+            "use_cache": False, "logits_to_keep": 1}
+
+
+def decode_inputs(batch: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One new token for each of so many sequences."""
+    return {"input_ids": _ids(batch, 1, args, device), "position_ids": torch.full((1, 1), args.context - 1, device=device),
+            "use_cache": False, "logits_to_keep": 1}
+
+
+def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(batch + tokens)  # the same on every rank
+    return torch.randint(shapes.get(args.shape).vocab, (batch, tokens), generator=generator).to(device)
+
+
+def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
+            device: torch.device) -> tuple[dict[str, float], str]:
+    """(candidate -> microseconds, the plan of the fused one), once the fused logits are known to be the unfused ones."""
+    def call(plan: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            compiled.plan = plan
+            return compiled(**inputs).logits
+        return run
+
+    want = call("unfused")()
+    assert compiled.last is not None
+    found, size = compiled.last
+    found.others.setdefault("floor", floor.floor(found))
+    if not args.loopback:  # whose collectives are the reference's, without a wire
+        found.others.setdefault("library", floor.library(found))
+    check(call(args.plan)(), want, args, group, device)
+    runs = {"unfused": call("unfused" if args.loopback else "library"), "fused": call(args.plan), "floor": call("floor")}
+    return timing.measure(runs, group, graph=not args.eager, device=device), found.choose(size, args.plan).name
+
+
+def check(got: Tensor, want: Tensor, args: argparse.Namespace, group: groups.Group, device: torch.device) -> None:
+    """On CPUs the fused logits are the unfused ones, bit for bit, unless Inductor made the code; on GPUs, where backends add up in
+    other orders, near them. In loopback sums mean nothing, so they have only to be numbers."""
+    difference = float((got.double() - want.double()).pow(2).mean().sqrt() / want.double().pow(2).mean().sqrt())
+    [difference] = timing.slowest([difference], group, device)
+    limit = 1e9 if args.loopback else 0.0 if args.codegen == "fx" and device.type == "cpu" else FAR
+    if not difference <= limit:  # never true of NaN
+        raise FusewireError(f"the fused logits of {tuple(got.shape)} are off by {difference:.3g} of their size, and at most "
+                            f"{limit:g} is allowed; run `fusewire verify` to see in which plan")
+

@@ -1,0 +1,164 @@
+"""`fusewire bench model` on CPUs: what it writes, its floor, and that a fused model with other logits is not measured."""
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from dist import run_ranks
+
+from fusewire import group as groups
+from fusewire.bench import floor, model, results, shapes
+from fusewire.bench.stack import stack
+from fusewire.compiler import capture
+from fusewire.compiler.capture import compile
+from fusewire.config import Config
+from fusewire.errors import FusewireError
+from fusewire.models.parallelize import resolve
+from fusewire.op import op_of
+
+CPU = torch.device("cpu")
+FIELDS = {"suite", "shape", "layers", "format", "world_size", "codegen", "tokens", "candidate", "us", "plan", "gpu", "torch",
+          "date"}
+NAMES = ("unfused", "fused", "floor")
+ARGS = Namespace(shape="tiny", plan="auto", codegen="fx", loopback=True, eager=False, context=8)
+
+
+def bench(*args: object, timeout: float = 240) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "fusewire", "bench", "model", "--shape", "tiny", *map(str, args)],
+                          capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.dist
+def test_two_ranks_print_write_and_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "lines.jsonl", tmp_path / "plot.png"
+    done = bench("-tp", 2, "--layers", 1, "--tokens", "8,33", "--plan", "sharded", "--out", out, "--plot", plot)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(line.keys() == FIELDS and line["us"] > 0 and line["suite"] == "model" for line in lines)
+    assert {(line["tokens"], line["candidate"], line["plan"]) for line in lines} == {
+        (tokens, name, plan) for tokens, plan in ((8, "sharded"), (33, "replicated")) for name in NAMES}
+    assert re.search(r"^fp8_tensor +8 +sharded +\d+\.\d{3} ", done.stdout, re.M), done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_decode_in_loopback(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    done = bench("-tp", 2, "--layers", 1, "--tokens", "1,3", "--decode", "--context", 8, "--loopback", "--formats", "bf16",
+                 "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(line.keys() == FIELDS | {"loopback", "context"} and line["suite"] == "decode" for line in lines)
+    assert {(line["tokens"], line["candidate"]) for line in lines} == {(n, c) for n in (1, 3) for c in NAMES}
+
+
+@pytest.mark.parametrize(("command", "sentence"), {
+    "--layers 0": "--layers 0 is too small; give 1 or more",
+    "--decode --context 1": "--context 1 is too small; give 2 or more",
+    "-tp 1": "--tensor-parallel-size 1 is too small; give 2 or more",
+    "--formats fp7": "unknown quantization 'fp7'; choose one of fp8, ",
+    "--tokens x": "argument --tokens: 'x' is not a list of positive whole numbers",
+}.items())
+def test_a_refusal_is_one_sentence(command, sentence):
+    done = bench(*command.split())
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"fusewire: {sentence}"), done.stderr
+
+
+def captured(group, decode=False, config=None):
+    """(a tiny stack compiled and run once unfused, its inputs, its logits)."""
+    m = stack(shapes.get("tiny"), 1, "fp8_tensor", group, CPU, (4, ARGS.context) if decode else None)
+    compiled = compile(m, config or Config(), {"input_ids": 0} if decode else None)
+    compiled.plan = "unfused"
+    inputs = (model.decode_inputs if decode else model.prompt_inputs)(4, ARGS, CPU)
+    return compiled, inputs, compiled(**inputs).logits
+
+
+def test_the_floor_sends_nothing_and_computes_the_rest():
+    g = groups.loopback_group(2)
+    compiled, inputs, _ = captured(g)
+    found, _ = compiled.last
+    found.others["floor"] = plan = floor.floor(found)
+    left = [op_of(n).name for n in plan.gm.graph.nodes if op_of(n)]
+    before = [op_of(n).name for n in found.unfused.gm.graph.nodes if op_of(n)]
+    assert before.count("all_reduce") == 3 and before.count("all_gather") == 1
+    assert left == [name for name in before if name not in ("all_reduce", "all_gather")]
+    assert plan.sent(4) == (0, 0) and found.unfused.sent(4)[0] > 0
+    compiled.plan = "floor"
+    logits = compiled(**inputs).logits
+    assert logits.shape == (1, 1, 101) and logits.isfinite().all()
+    assert torch.equal(logits[..., :50], logits[..., 51:101])  # the gather of 51 + 51 columns repeats this rank's
+
+
+def two_ranks(rank):
+    compiled, inputs, want = captured(resolve(None))
+    found, _ = compiled.last
+    found.others["library"] = plan = floor.library(found)
+    assert not [n for n in plan.gm.graph.nodes if op_of(n) and "group" in op_of(n).params]
+    compiled.plan = "library"
+    return [want, compiled(**inputs).logits]
+
+
+@pytest.mark.dist
+def test_the_librarys_collectives_give_the_same_logits():
+    """Of two ranks a sum has one order, so even its bits are the same."""
+    for want, got in run_ranks(two_ranks, 2):
+        assert torch.equal(want, got)
+
+
+def test_a_decode_step_sees_the_cache_and_the_new_token():
+    g = groups.loopback_group(2)
+    compiled, inputs, first = captured(g, decode=True)
+    again = compiled(**inputs).logits
+    assert torch.equal(first, again)  # it writes to the same place
+    for m in compiled.model.modules():
+        if hasattr(m, "cache"):
+            m.cache[1, 1, :, :-1] += 1
+    changed = compiled(**inputs).logits
+    same = [torch.equal(a, b) for a, b in zip(first, changed, strict=True)]
+    assert same[:2] == [True, False]  # in loopback the other half of a sum is this one again
+    other = compiled(**{**inputs, "input_ids": (inputs["input_ids"] + 1) % 101}).logits
+    assert not torch.equal(changed, other)
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y + 1e-3, lambda y: y * float("nan")])
+def test_other_logits_than_the_unfused_models_are_refused(wrong):
+    g, y = groups.loopback_group(2), torch.randn(1, 1, 7)
+    args = Namespace(**{**vars(ARGS), "loopback": False})
+    model.check(y.clone(), y, args, g, CPU)
+    with pytest.raises(FusewireError, match=r"the fused logits of \(1, 1, 7\) are off by .* and at most 0 is allowed"):
+        model.check(wrong(y), y, args, g, CPU)
+    args.codegen = "inductor"
+    model.check(y + 0.01, y, args, g, CPU)
+    with pytest.raises(FusewireError, match=r"at most 0\.25 is allowed"):
+        model.check(-y, y, args, g, CPU)
+
+
+def test_exposed_communication_and_the_table(capsys):
+    assert results.exposed({"unfused": 30.0, "fused": 12.0, "floor": 10.0}) == pytest.approx(0.1)
+    assert math.isnan(results.exposed({"unfused": 9.0, "fused": 12.0, "floor": 10.0}))
+    from rich.console import Console
+
+    lines = [{"format": "bf16", "tokens": 1000, "candidate": c, "us": us, "plan": "sharded"}
+             for c, us in {"unfused": 30e3, "fused": 12e3, "floor": 10e3}.items()]
+    results.print_model(Console(width=200), lines)
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "bf16", "1000", "sharded", "30.000", "12.000", "10.000", "33333", "83333", "+150.0%", "10.0%"]
+
+
+def test_inductor_looks_into_a_norm_and_a_quantization(monkeypatch):
+    """As it does on GPUs: what is left of our ops is what was not a reference, or exchanges something."""
+    seen = []
+    monkeypatch.setattr(capture, "INLINED_ON", ("cpu",))
+    monkeypatch.setattr(capture.compat, "inductor", lambda gm, fakes, tag: seen.append(gm) or (lambda inputs: gm(*inputs)))
+    want = captured(groups.loopback_group(2), config=Config(codegen="inductor"))[2]
+    assert {op_of(n).name for n in seen[0].graph.nodes if op_of(n)} == {"all_reduce", "all_gather", "matmul"}
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    assert torch.equal(want, captured(groups.loopback_group(2))[2])
