@@ -52,6 +52,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         p.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, metavar="N", help="how many ranks (default 2)")
         p.add_argument("--loopback", action="store_true",
                        help="one process plays all ranks: kernels and protocol without the wire; results are marked")
+        p.add_argument("--tuning", metavar="FILE", help="choose backends by what `fusewire tune` measured")
         p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append a line of JSON for each measurement")
         p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `bench`")
 

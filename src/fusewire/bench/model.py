@@ -60,7 +60,7 @@ def rank(context: Any, args: argparse.Namespace) -> None:
             cache = (max(args.tokens), args.context) if args.decode else None
             context.phase(f"making {args.layers} layers in {fmt}")
             model = stack(shapes.get(args.shape), args.layers, fmt, group, context.device, cache)
-            config = Config(plan=args.plan, codegen=args.codegen)
+            config = Config(plan=args.plan, codegen=args.codegen, tuning=args.tuning, max_tokens=max(args.tokens))
             compiled = compile(model, config, {"input_ids": 0} if args.decode else None)
             head = {"suite": "decode" if args.decode else "model", "shape": args.shape, "layers": args.layers, "format": fmt,
                     "world_size": group.world_size, **({"context": args.context} if args.decode else {}), "codegen": args.codegen}

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import backends, formats, timing  # noqa: F401  (backends register themselves)
+from .. import backends, formats, timing, tuning  # noqa: F401  (backends register themselves)
 from .. import group as groups
 from ..backends import workspace
+from ..config import GLOO, NVLINK
 from ..errors import FusewireError, InputError
 from ..group import Group
 from ..models.parallelize import resolve
@@ -63,6 +64,7 @@ def rank(context: Any, args: argparse.Namespace) -> None:
         found, refused = cases(args.ops, args.formats, args.tokens, shapes.get(args.shape), group)
         open_workspace(found, context.device)
         link = None if args.loopback else measured_link(group, context.device)
+        tuning.use(group, tuning.load(args.tuning, group, context.device), NVLINK if context.device.type == "cuda" else GLOO)
         about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
         where = "loopback" if args.loopback else f"link {link / 1e9:.3g} GB/s" if link else "no link measured"
         console.print(f"{args.shape}, {group.world_size} ranks, {about['gpu']}, torch {about['torch']}, {where}")
@@ -93,9 +95,8 @@ def open_workspace(found: list[Case], device: torch.device) -> None:
     """As large as the neediest backend of the neediest case wants it."""
     if device.type != "cuda":
         return
-    wants = [(case, nbytes) for case in found for b in case.op.backends if (nbytes := getattr(b, "nbytes", None))]
+    wants = [(case, b.nbytes) for case in found for b in case.op.backends if b.nbytes]
     needs = [int(nbytes(*inputs(case, 0, torch.device("meta")))) for case, nbytes in wants]
-    needs += [case.group.world_size * case.M * case.N * 2 for case in found if case.op.name == NORM]
     if needs:
         workspace.open(found[0].group.name, max(needs), device)
 

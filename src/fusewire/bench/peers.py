@@ -64,9 +64,9 @@ def _process_group(case: Case) -> dist.ProcessGroup | None:
 def fusewire(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
     """What the op chooses by itself, and each backend."""
     yield Candidate("fusewire", _call(case.op.target, sets))
-    for b in (*case.op.backends, case.op._reference):
-        why = b.supports(*sets[0])
-        yield f"{b.name}: {why}" if why else Candidate(f"fusewire:{b.name}", _call(b.run, sets))
+    able, refused = case.op.candidates(*sets[0])
+    yield from refused
+    yield from (Candidate(f"fusewire:{b.name}", _call(b.run, sets)) for b in able)
 
 
 # --- the unfused program

@@ -125,7 +125,8 @@ class Compiled:
             return lambda inputs: plan.gm(*inputs)
         gm, multiple = torch.fx.GraphModule(plan.gm, copy.deepcopy(plan.gm.graph)), plan.multiple
         for n in gm.graph.nodes:
-            if (o := op_of(n)) is not None and o.tokens and n.meta["backend"] == "reference" and _device(n) in INLINED_ON:
+            o, settled = op_of(n), n.meta.get("choice")
+            if o and o.tokens and settled and settled.backend.run is o.reference and _device(n) in INLINED_ON:
                 n.target = o.reference  # plain Python: Inductor sees what is in it, and fuses a norm with a quantization
         if bare := plan.symbol is not None and multiple > 1:
             # Inductor can read a size off an input only if it is a symbol of its own, and here all are multiples of one.
