@@ -48,3 +48,22 @@ def all_reduce_norm_quant(x: Tensor, residual: Tensor | None, weight: Tensor, ep
     else:
         y, total = add_rms_norm(total, residual, weight, eps, offset, cast_first)
     return [total, *([y] if keep_norm else []), *([] if fmt == "bf16" else quantize(y, params, fmt))]
+
+
+@op(rows=("x", "residual"))
+def norm_quant_all_gather_matmul(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
+                                 keep_norm: bool, params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                                 dtype: torch.dtype, group: str) -> list[Tensor]:
+    """What stands between two matmuls where each rank has its own tokens: residual add (if there is a residual), RMSNorm and
+    quantize (unless fmt is bf16) of this rank's x (tokens / world_size, k), then all_gather_matmul (see there).
+
+    -> [the sum (the new residual) if there is a residual, the norm if keep_norm, for each weight (tokens, n_i) of `dtype`]
+    """
+    total: list[Tensor] = []
+    if residual is None:
+        y = rms_norm(x, weight, eps, offset, cast_first)
+    else:
+        y, new = add_rms_norm(x, residual, weight, eps, offset, cast_first)
+        total = [new]
+    parts = [y] if fmt == "bf16" else quantize(y, params, linear(fmt))
+    return [*total, *([y] if keep_norm else []), *all_gather_matmul(parts, params, ws, biases, fmt, dtype, group)]

@@ -9,18 +9,27 @@ _FLT_MAX = tl.constexpr(3.4028234663852886e38)
 _TINY = tl.constexpr(2.0**-126)
 _SIXTH = tl.constexpr(1 / 6)
 _AFTER_REPORT_NS = tl.constexpr(5_000_000_000)  # time for the host to find a report and end the process
+_LOOKS = tl.constexpr(256)  # at a flag before the clock is read, which takes longer than a look
+ROWS_PER_FLAG = tl.constexpr(128)  # of gathered rows
 
 
 # ---- flags and epochs: backends/workspace.py says why this is enough ----
 
 
 @triton.jit
-def _acquire(flag):
-    """The int32 at `flag`. All threads load it, so what it guards is visible to each; all lanes of a warp get lane 0's value,
-    so that a warp leaves a loop over it as one, whatever the lanes saw."""
+def _acquire(flag, epoch, COUNT: tl.constexpr):
+    """The epoch if all of COUNT (at most 32, a power of two) int32 from `flag` on hold it, else one that does not.
+
+    All warps look, each lane at one of them, and leave as one, so that a loop over it is one warp's and what the flags guard is
+    visible to each thread."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 v; ld.acquire.sys.global.b32 v, [$1]; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }",
-        "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1)
+        """{ .reg .pred p; .reg .b32 lane, v, late; .reg .b64 at;
+        mov.u32 lane, %laneid; and.b32 lane, lane, $3; mul.wide.u32 at, lane, 4; add.u64 at, at, $1;
+        ld.acquire.sys.global.b32 v, [at];
+        setp.ne.b32 p, v, $2; vote.sync.ballot.b32 late, p, 0xffffffff;
+        brev.b32 late, late; clz.b32 late, late; and.b32 late, late, 31;
+        shfl.sync.idx.b32 $0, v, late, 31, 0xffffffff; bar.warp.sync 0xffffffff; }""",
+        "=r,l,r,n", [flag, epoch, COUNT - 1], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -34,33 +43,95 @@ def _end_late(flag, epoch, row, peer, seen, report, op, limit_ns):
     tl.store(report, op.to(tl.int64))
     start = globaltimer()
     while globaltimer() - start < _AFTER_REPORT_NS:
-        _acquire(flag)
+        _acquire(flag, epoch, 1)
     tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _wait(flag, epoch, row, peer, report, op, limit_ns):
-    """Until the flag equals the epoch, or `limit_ns` have passed."""
-    seen = _acquire(flag)
+def _wait(flag, epoch, row, peer, report, op, limit_ns, COUNT: tl.constexpr):
+    """Until COUNT flags equal the epoch, or `limit_ns` have passed."""
+    seen = _acquire(flag, epoch, COUNT)
+    looks = 0
+    while (seen != epoch) & (looks < _LOOKS):
+        seen = _acquire(flag, epoch, COUNT)
+        looks += 1
     if seen != epoch:
         start = globaltimer()
         late = False
         while (seen != epoch) & (not late):
-            seen = _acquire(flag)
+            seen = _acquire(flag, epoch, COUNT)
             late = globaltimer() - start > limit_ns
         if seen != epoch:
             _end_late(flag, epoch, row, peer, seen, report, op, limit_ns)
 
 
 @triton.jit
-def _begin(state):
-    """The epoch of this launch. One atomic reads it and counts this program in, so whoever comes last knows that all have read
-    it, and sets the next one; no program needs to be the last to end."""
-    old = tl.atomic_add(state, 1, sem="relaxed", scope="gpu")
+def _set(flag, epoch):
+    """Set a flag, by one thread, behind a barrier: whoever acquires it sees what the program stored before."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p st.release.sys.global.b32 [$1], $2; mov.b32 $0, t; }""", "=r,l,r", [flag, epoch], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _epoch(state):
+    """The epoch of this launch, which stays until every program has called `_leave_epoch`. A plain load: no program has to wait
+    for what one thread was told by an atomic."""
+    return (tl.load(state, volatile=True) >> 32).to(tl.int32)
+
+
+@triton.jit
+def _count_in(state):
+    """Count this program in, by one thread, behind a barrier that all threads reach after `_epoch`: for `_leave_epoch`."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b64 $0, 0;
+        @p atom.relaxed.gpu.global.add.u64 $0, [$1], 1; }""",
+        "=&l,l", [state], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def _leave_epoch(state, counted):
+    """Whoever was counted last knows that all programs have read the epoch, and sets the next one. Long after `_count_in`, so
+    that nobody waits for its answer."""
     programs = tl.num_programs(0).to(tl.int64)
-    if (old & 0xFFFFFFFF) == programs - 1:
-        tl.atomic_add(state, (1 << 32) - programs, sem="relaxed", scope="gpu")
-    return (old >> 32).to(tl.int32)
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 t, n; .reg .b64 next;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        cvt.u32.u64 t, $2; add.u32 t, t, 1; cvt.u32.u64 n, $3; setp.eq.and.u32 q, t, n, p;
+        mov.b64 next, 0x100000000; sub.u64 next, next, $3;
+        @q red.relaxed.gpu.global.add.u64 [$1], next; mov.b32 $0, 0; }""",
+        "=r,l,l,l", [state, counted, programs], dtype=tl.int32, is_pure=False, pack=1)
+
+
+# ---- 16-bit floats, two in a register: one by one, rounding is among the slowest instructions ----
+
+
+@triton.jit
+def _wide(x):
+    """Any float, as float32."""
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
+                                         is_pure=True, pack=2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _round(x, T: tl.constexpr):
+    """float32 to T, bfloat16 or float16: nearest, ties to even."""
+    if T == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _plus(a, b):
+    """a + b of two 16-bit floats: the bits of a float32 sum that is rounded after it."""
+    if a.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
 
 
 # ---- quantization: the formulas of formats/, bit for bit ----
@@ -77,9 +148,14 @@ def _float(bits):
 
 
 @triton.jit
-def _amax_bits(x, AXIS: tl.constexpr):
-    """The largest magnitude as float32 bits. As integers NaN is larger than all else, so it wins, as in torch's amax."""
-    return tl.max(_bits(x) & 0x7FFFFFFF, AXIS)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _amax(x, AXIS: tl.constexpr):
+    """The largest magnitude; NaN wins, as in torch's amax."""
+    return tl.reduce(tl.abs(x), AXIS, _larger)
 
 
 @triton.jit
@@ -89,15 +165,21 @@ def _scale_of(amax):
 
 
 @triton.jit
-def _divide(y, by):
-    """y / by, correctly rounded where 2^-20 < |y / by| < 2^20, of the right sign and as small or large elsewhere; `by` is a scalar.
+def _inverse(x):
+    """1 / x, correctly rounded: what division gives, in fewer instructions."""
+    return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _divide(y, by, inverse):
+    """y / by, correctly rounded where 2^-20 < |y / by| < 2^20, of the right sign and as small or large elsewhere; `by` is a
+    scalar and `inverse` is 1 / by, rounded.
 
     q = y * (1 / by) is a little off; its error, exact in one fused multiply-add, times 1 / by, makes it right (Markstein).
     That needs no intermediate to overflow or vanish: for unusual `by` the division itself is used. e4m3 rounds what is smaller
     to zero, whose sign the correction would lose, and saturates what is larger.
     """
     if (by > 2.0**-60) & (by < 2.0**60):
-        inverse = tl.div_rn(1.0, by)
         q = y * inverse
         exact = tl.fma(tl.fma(-q, by, y), inverse, q)
         q = tl.where((tl.abs(q) > 2.0**-20) & (tl.abs(q) < 2.0**20), exact, q)
@@ -106,14 +188,37 @@ def _divide(y, by):
     return q
 
 
+def _e2m1_asm() -> str:
+    """Eight e2m1 codes from float32 $1..$4 (even elements) and $5..$8 (odd ones), masked by $9.
+
+    With m the power of two below max(|x|, 1), e2m1's values from m to 2 m, and from 0 if m is 1, are m / 2 apart. m * 2^22 has
+    steps of just m / 2, so adding it rounds |x| as wanted, ties to even, and leaves x / (m / 2) in the lowest bits. Two of them
+    and the exponent of m, times two, which is 254 for m = 1, make it the code (mod 16).
+    """
+    elements = [f"${1 + i // 2 + i % 2 * 4}" for i in range(8)]
+    code = "".join(f"""
+        abs.f32 x, {e}; min.f32 x, x, 0f40C00000;
+        and.b32 m, x, 0x7F800000; max.s32 m, m, 0x3F800000;
+        add.s32 c, m, 0x0B000002; add.rn.f32 x, x, c;
+        shr.u32 m, m, 22; add.u32 x, x, m;
+        shf.r.wrap.b32 codes, codes, x, 4;""" for e in elements)
+    sign = "".join(f"shf.l.wrap.b32 signs, {e}, signs, 4; " for e in reversed(elements))
+    return ("{ .reg .b32 x, m, c, codes, signs; mov.b32 codes, 0; mov.b32 signs, 0;" + code + sign
+            + "and.b32 signs, signs, 0x88888888; or.b32 codes, codes, signs; and.b32 $0, codes, $9; }")
+
+
+_E2M1 = tl.constexpr(_e2m1_asm())
+
+
 @triton.jit
-def _e2m1(x):
-    """e2m1 codes 0..15 of float32, int32: nearest, ties to the even code, saturated; NaN is 0."""
-    bits = _bits(tl.minimum(tl.abs(x), 6.0))
-    below_one = _bits(_float(bits) + 4194304.0) & 3  # float32 has steps of 0.5 there, and rounds as wanted
-    one_mantissa_bit = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
-    code = tl.where(bits < 0x3F800000, below_one, one_mantissa_bit) | ((_bits(x) >> 28) & 8)
-    return tl.where(x == x, code, 0)
+def _e2m1(x, keep, SIZE: tl.constexpr):
+    """float32 (blocks, SIZE) to packed e2m1 codes (blocks * SIZE / 2,), uint8, the even element in the low nibble: nearest, ties
+    to the even code, saturated. keep (blocks,), int32, masks them: 0 makes a block's codes 0, -1 keeps them."""
+    BLOCKS: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x, (BLOCKS, SIZE // 2, 2)))
+    keep = tl.broadcast_to(keep[:, None], (BLOCKS, SIZE // 2))
+    codes = tl.inline_asm_elementwise(_E2M1, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [even, odd, keep], dtype=tl.uint8, is_pure=True, pack=4)
+    return tl.reshape(codes, (BLOCKS * SIZE // 2,))
 
 
 @triton.jit
@@ -131,47 +236,112 @@ def _below(at, END: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _quantize(y, row, param, data, scales,
-              HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr):
-    """Write the parts of one row. y: float32 (BLOCK,), zero from HIDDEN on; param: the format's scalar, if it has one."""
-    at = tl.arange(0, BLOCK)
-    inside = _below(at, HIDDEN, BLOCK)
-    if FMT == "fp8_tensor":
-        tl.store(data + row * HIDDEN + at, _divide(y, param).to(tl.float8e4nv), mask=inside)
-    elif FMT == "fp8_token":
-        scale = _scale_of(_float(_amax_bits(y, 0)))
-        tl.store(data + row * HIDDEN + at, _divide(y, scale).to(tl.float8e4nv), mask=inside)
-        tl.store(scales + row, scale)
+def _quantized(y, param, inverse, FMT: tl.constexpr):
+    """(data, scales) of some of a row's elements. y: float32 (n,), zero behind the row's end; param, inverse: the scalar of the
+    tensor or of the row, and 1 / it. Scales: one for each block, or param."""
+    N: tl.constexpr = y.shape[0]
+    if FMT == "fp8_tensor" or FMT == "fp8_token":
+        return _divide(y, param, inverse).to(tl.float8e4nv), param
     else:
         SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
-        COLUMNS: tl.constexpr = (HIDDEN + SIZE - 1) // SIZE
-        blocks = tl.reshape(y, (BLOCK // SIZE, SIZE))
-        columns = tl.arange(0, BLOCK // SIZE)
-        scale_at = scales + _scale_at(row, columns, COLUMNS, SWIZZLED)
-        bits = _amax_bits(blocks, 1)
+        blocks = tl.reshape(y, (N // SIZE, SIZE))
+        amax = _amax(blocks, 1)
         if FMT == "fp8_block":
-            scale = _scale_of(_float(bits))
-            q = tl.reshape(tl.div_rn(blocks, tl.broadcast_to(scale[:, None], (BLOCK // SIZE, SIZE))), (BLOCK,))
-            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=inside)
-            tl.store(scale_at, scale, mask=_below(columns, COLUMNS, BLOCK // SIZE))
+            scale = _scale_of(amax)
+            q = tl.div_rn(blocks, tl.broadcast_to(scale[:, None], (N // SIZE, SIZE)))
+            return tl.reshape(q, (N,)).to(tl.float8e4nv), scale
         elif FMT == "mxfp8":
-            exponent = bits >> 23
+            exponent = _bits(amax) >> 23 & 255
             byte = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
             # 2^(127 - byte): times it is exactly divided by 2^(byte - 127); byte 255 is NaN
             encode = _float(tl.where(byte == 255, 0x7FC00000, (254 - byte) << 23))
-            q = tl.reshape(blocks * encode[:, None], (BLOCK,))
-            tl.store(data + row * HIDDEN + at, q.to(tl.float8e4nv), mask=inside)
-            tl.store(scale_at, byte.to(tl.uint8), mask=_below(columns, COLUMNS, BLOCK // SIZE))
+            return tl.reshape(blocks * encode[:, None], (N,)).to(tl.float8e4nv), byte.to(tl.uint8)
         else:
-            scale = (_float(bits) * (param * _SIXTH)).to(tl.float8e4nv)  # saturates: the formula's clamp
-            decode = scale.to(tl.float32) * tl.div_rn(1.0, param)
-            encode = tl.div_rn(tl.full(decode.shape, 1.0, tl.float32), decode)
+            scale = (amax * (param * _SIXTH)).to(tl.float8e4nv)  # saturates: the formula's clamp
+            encode = _inverse(scale.to(tl.float32) * inverse)
             encode = tl.where(encode > _FLT_MAX, _FLT_MAX, encode)  # NaN stays
-            low, high = tl.split(tl.reshape(_e2m1(blocks * encode[:, None]), (BLOCK // 2, 2)))
-            pairs = tl.arange(0, BLOCK // 2)
-            codes = (low | high << 4).to(tl.uint8)
-            tl.store(data + row * (HIDDEN // 2) + pairs, codes, mask=_below(pairs, HIDDEN // 2, BLOCK // 2))
-            tl.store(scale_at, scale, mask=_below(columns, COLUMNS, BLOCK // SIZE))
+            scaled = blocks * encode[:, None]
+            # For such a param encode may be 0, and infinity times it NaN in a block whose scale is none. A loop of one turn, as
+            # an `if` would become a select for every element.
+            for _ in range(0 if param > 2.0**-100 else 1):
+                scaled = tl.where(scaled == scaled, scaled, 0.0)
+            return _e2m1(scaled, tl.where(encode == encode, -1, 0), SIZE), scale
+
+
+@triton.jit
+def _store_parts(codes, scale, data, scales, row, first, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr,
+                 SWIZZLED: tl.constexpr, N: tl.constexpr):
+    """Write what `_quantized` made of N elements from `first` on (a multiple of N) to row `row` of the parts. BLOCK: a power of
+    two, at least HIDDEN."""
+    PER: tl.constexpr = 2 if FMT == "nvfp4" else 1  # elements in a byte
+    at = first // PER + tl.arange(0, N // PER)
+    # as many at once as a thread holds already: wider stores would first move them through shared memory
+    tl.store(tl.max_contiguous(data + row * (HIDDEN // PER) + at, 8 // PER), codes, mask=_below(at, HIDDEN // PER, BLOCK // PER))
+    if FMT == "fp8_token":
+        tl.store(scales + row, scale)
+    elif FMT != "fp8_tensor":
+        SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
+        # one for each piece of 8 elements, of which the first of a block stores it: a scale stays in the threads that have it
+        scale = tl.reshape(tl.broadcast_to(scale[:, None], (N // SIZE, SIZE // 8)), (N // 8,))
+        _store_scales(scale, scales, row, first, HIDDEN, BLOCK, SIZE, SWIZZLED, N)
+
+
+@triton.jit
+def _store_scales(scale, scales, row, first, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+                  SWIZZLED: tl.constexpr, N: tl.constexpr):
+    """Write scales (N / 8,), each as often as a block has pieces of 8 elements; zero the padding behind a row's last."""
+    COLUMNS: tl.constexpr = (HIDDEN + SIZE - 1) // SIZE
+    STORED: tl.constexpr = (COLUMNS + 3) // 4 * 4 if SWIZZLED else COLUMNS
+    piece = first // 8 + tl.arange(0, N // 8)
+    column = piece // (SIZE // 8)
+    if STORED > COLUMNS:
+        scale = tl.where(column < COLUMNS, scale.to(tl.uint8, bitcast=True), 0).to(scale.dtype, bitcast=True)
+    tl.store(scales + _scale_at(row, column, COLUMNS, SWIZZLED), scale,
+             mask=(piece % (SIZE // 8) == 0) & _below(column, STORED, BLOCK // SIZE))
+
+
+@triton.jit
+def _pad_scales(scales, rows, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr):
+    """Zero the scales of the rows that pad a 128x4 layout to a multiple of 128."""
+    zeros = tl.zeros((BLOCK // 8,), tl.uint8).to(scales.dtype.element_ty, bitcast=True)
+    for r in range(rows + tl.program_id(0), (rows + 127) // 128 * 128, tl.num_programs(0)):
+        _store_scales(zeros, scales, tl.cast(r, tl.int64), 0, HIDDEN, BLOCK, 32 if FMT == "mxfp8" else 16, True, BLOCK)
+
+
+# ---- rows ----
+
+
+@triton.jit
+def _factor(total, eps, HIDDEN: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of a row (BLOCK,), zero behind its end."""
+    y = _wide(total)
+    return tl.rsqrt(tl.sum(y * y, 0) * (1.0 / HIDDEN) + eps)
+
+
+@triton.jit
+def _normed(total, w, factor, offset, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """RMSNorm of elements of a row, in its dtype."""
+    T: tl.constexpr = total.dtype
+    y = _wide(total) * factor
+    if CAST_FIRST:
+        y = _wide(_round(y, T)) * _wide(w)
+    elif HAS_OFFSET:
+        y = y * (_wide(w) + offset)
+    else:
+        y = y * _wide(w)
+    return _round(y, T)
+
+
+@triton.jit
+def _ended(normed, inside, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A norm as float32, zero behind the row's end: a NaN factor made NaN of that too."""
+    return _wide(normed) if HIDDEN == BLOCK else tl.where(inside, _wide(normed), 0.0)
+
+
+@triton.jit
+def _at(address, like):
+    """An int64 address, a multiple of 16, as a pointer of the type of `like`."""
+    return tl.multiple_of(address.to(like.dtype), 16)
 
 
 # ---- all_reduce_norm_quant ----
@@ -179,57 +349,129 @@ def _quantize(y, row, param, data, scales,
 
 # data, flags: int64 addresses of half 0 on each rank, in the order rank, rank + 1, ..., as arguments of the kernel: a table in
 # device memory would cost a load before the first store. In a half, a row of a source rank has slot `source * rows + row`, SLOT
-# elements long; in loopback a push to a peer lands where the peer's own would.
+# elements long, and PARTS flags; in loopback a push to a peer lands where the peer's own would.
 
 
 @triton.jit
-def _push(mine, row, at, inside, parity, epoch, data, flags, nbytes, flag_count, rank, rows,
-               WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr):
-    """Store a row to every peer, then set its flag there."""
+def _push(like, mine, row, part, at, inside, parity, epoch, data, flags, nbytes, flag_count, rank, rows,
+          WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr, PARTS: tl.constexpr):
+    """Store a row, or a part of one, to every peer, then set its flag there."""
     for i in tl.static_range(1, WORLD):
         slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
-        to = tl.multiple_of(data[i] + parity * nbytes + slot * (SLOT * 2), 16)
-        tl.store(tl.multiple_of(to.to(tl.pointer_type(mine.dtype)), 16) + at, mine, mask=inside)
+        tl.store(_at(data[i] + parity * nbytes + slot * (SLOT * 2), like) + at, mine, mask=inside)
     tl.debug_barrier()  # the stores of all threads come before the release of one
     for i in tl.static_range(1, WORLD):
         slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
-        flag = flags[i] + parity * flag_count * 4 + slot * 4
-        tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
+        _set(flags[i] + parity * flag_count * 4 + (slot * PARTS + part) * 4, epoch)
 
 
 @triton.jit
-def _sum(mine, row, at, inside, parity, epoch, data, flags, report, nbytes, flag_count, rank, op, limit_ns, rows,
-              WORLD: tl.constexpr, SLOT: tl.constexpr, WAIT: tl.constexpr):
-    """The sum of the ranks' rows once all have come: float32, in rank order."""
-    if WAIT:
-        for i in tl.static_range(1, WORLD):
-            peer = (rank + i) % WORLD
-            flag = flags[0] + parity * flag_count * 4 + (peer * rows + row) * 4
-            _wait(flag.to(tl.pointer_type(tl.int32)), epoch, row, peer, report, op, limit_ns)
+def _arrived(row, parity, epoch, flags, report, flag_count, rank, op, limit_ns, rows, WORLD: tl.constexpr, PARTS: tl.constexpr):
+    """Wait until the row of every peer has come."""
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        _wait(flags[0] + parity * flag_count * 4 + (peer * rows + row) * (PARTS * 4), epoch, row, peer, report, op, limit_ns, PARTS)
+
+
+@triton.jit
+def _sum(own, mine, row, at, inside, parity, data, nbytes, rank, rows, WORLD: tl.constexpr, SLOT: tl.constexpr):
+    """The sum of the ranks' rows, or of elements of them: float32, in rank order, rounded once. own: this rank's row;
+    mine: its elements, for two ranks alone (more read them again: to choose an address takes one instruction, not one each)."""
     if WORLD == 2:  # either order gives the same bits
-        slot = tl.multiple_of(data[0] + parity * nbytes + ((1 - rank) * rows + row) * (SLOT * 2), 16)
-        slot = tl.multiple_of(slot.to(tl.pointer_type(mine.dtype)), 16)
-        theirs = tl.load(slot + at, mask=inside, other=0.0, cache_modifier=".cg")
-        return mine.to(tl.float32) + theirs.to(tl.float32)
-    acc = tl.zeros(at.shape, tl.float32)
-    for p in tl.static_range(WORLD):
-        slot = tl.multiple_of(data[0] + parity * nbytes + (p * rows + row) * (SLOT * 2), 16)
-        theirs = tl.load(tl.multiple_of(slot.to(tl.pointer_type(mine.dtype)), 16) + at, mask=inside & (rank != p), other=0.0,
-                         cache_modifier=".cg")
-        part = tl.where(rank == p, mine, theirs).to(tl.float32)
-        acc = part if p == 0 else acc + part  # starting at 0.0 would lose the sign of -0.0
-    return acc
+        theirs = _at(data[0] + parity * nbytes + ((1 - rank) * rows + row) * (SLOT * 2), own)
+        return _plus(mine, tl.load(theirs + at, mask=inside, other=0.0, cache_modifier=".cg"))
+    else:
+        acc = tl.zeros(at.shape, tl.float32)
+        for p in tl.static_range(WORLD):
+            of = tl.where(rank == p, own, _at(data[0] + parity * nbytes + (p * rows + row) * (SLOT * 2), own))
+            part = _wide(tl.load(of + at, mask=inside, other=0.0, cache_modifier=".cg"))
+            acc = part if p == 0 else acc + part  # starting at 0.0 would lose the sign of -0.0
+        return _round(acc, own.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
-def all_reduce_norm_quant(
+def one_shot_few(
     x, residual, weight, parameter, total, norm, data, scales,
     peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
-    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, ONE_ROW: tl.constexpr, WAIT: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, PARTS: tl.constexpr, WAIT: tl.constexpr,
 ):
-    """One-shot: each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
+    """`one_shot` for few rows: PARTS programs for each, which push, normalize and quantize a part of it each.
+
+    What a row's parts have in common, the sum of its squares (and its amax), each of them computes from the whole row: that is
+    quicker than to ask the others.
+    """
+    SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
+    N: tl.constexpr = BLOCK // PARTS
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    first = part * N
+    at = first + tl.arange(0, N)
+    inside = _below(at, HIDDEN, BLOCK)
+    whole = tl.arange(0, BLOCK)
+    whole_inside = _below(whole, HIDDEN, BLOCK)
+    # All that needs no epoch is under way before it is asked for.
+    epoch = _epoch(state)
+    own = x + row * X_STRIDE
+    mine = tl.load(own + at, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    if PARTS > 1:
+        mine_all = tl.load(own + whole, mask=whole_inside, other=0.0)
+        if HAS_RESIDUAL:
+            before_all = tl.load(residual + row * RESIDUAL_STRIDE + whole, mask=whole_inside, other=0.0)
+        if FMT == "fp8_token":
+            w_all = tl.load(weight + whole, mask=whole_inside, other=0.0)
+    param, inverse = 0.0, 0.0
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        param = tl.load(parameter)
+    parity = (epoch & 1).to(tl.int64)
+    _push(x, mine, row, part, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+          WORLD, LOOPBACK, SLOT, PARTS)
+    counted = _count_in(state)
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        inverse = _inverse(param)
+    if SWIZZLED:
+        _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
+    if WAIT:
+        _arrived(row, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD, PARTS)
+    if PARTS > 1:
+        summed_all = _sum(own, mine_all, row, whole, whole_inside, parity, peer_data, nbytes, rank, rows, WORLD, SLOT)
+    summed = _sum(own, mine, row, at, inside, parity, peer_data, nbytes, rank, rows, WORLD, SLOT)
+    if HAS_RESIDUAL:
+        summed = _plus(before, summed)
+        if PARTS > 1:
+            summed_all = _plus(before_all, summed_all)
+    tl.store(total + row * HIDDEN + at, summed, mask=inside)
+    factor = _factor(summed_all if PARTS > 1 else summed, eps, HIDDEN)
+    normed = _normed(summed, w, factor, offset, HAS_OFFSET, CAST_FIRST)
+    if KEEP_NORM:
+        tl.store(norm + row * HIDDEN + at, normed, mask=inside)
+    if FMT != "bf16":
+        y = _ended(normed, inside, HIDDEN, BLOCK)
+        if FMT == "fp8_token":
+            if PARTS > 1:
+                normed_all = _normed(summed_all, w_all, factor, offset, HAS_OFFSET, CAST_FIRST)
+                param = _scale_of(_amax(_ended(normed_all, whole_inside, HIDDEN, BLOCK), 0))
+            else:
+                param = _scale_of(_amax(y, 0))
+            inverse = _inverse(param)
+        codes, scale = _quantized(y, param, inverse, FMT)
+        _store_parts(codes, scale, data, scales, row, first, HIDDEN, BLOCK, FMT, SWIZZLED, N)
+    _leave_epoch(state, counted)
+
+
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
+def one_shot(
+    x, residual, weight, parameter, total, norm, data, scales,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
+    WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, PARTS: tl.constexpr, WAIT: tl.constexpr,
+):
+    """Each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
 
     A program pushes a row, and the row that it will do next, before it waits for the first of the others. All programs of a
     launch fit on the device at once, so nobody waits for a program that has not started.
@@ -238,53 +480,285 @@ def all_reduce_norm_quant(
     weight       (HIDDEN,) of any float dtype
     total, norm  (rows, HIDDEN) of x's dtype, contiguous
     data, scales the parts of FMT, contiguous; parameter its scalar
-    ONE_ROW      there are as many programs as rows
+    PARTS        1
     WAIT         False leaves the waits out: for tests
     """
-    T: tl.constexpr = x.dtype.element_ty
-    SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
+    SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
     first = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
-    # All that needs no epoch is under way before it is asked for.
+    epoch = _epoch(state)
     mine = tl.load(x + first * X_STRIDE + at, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        before = tl.load(residual + first * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
     w = tl.load(weight + at, mask=inside, other=0.0)
-    param = 0.0
+    param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
-    epoch = _begin(state)
     parity = (epoch & 1).to(tl.int64)
-    _push(mine, first, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows, WORLD, LOOPBACK, SLOT)
+    _push(x, mine, first, 0, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+          WORLD, LOOPBACK, SLOT, PARTS)
+    counted = _count_in(state)
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        inverse = _inverse(param)
+    if SWIZZLED:
+        _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
     for r in range(tl.program_id(0), rows, step):
         row = tl.cast(r, tl.int64)
         following = row + step
-        if not ONE_ROW:
-            ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
-            if following < rows:
-                _push(ahead, following, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-                      WORLD, LOOPBACK, SLOT)
-        summed = _sum(mine, row, at, inside, parity, epoch, peer_data, peer_flags, report, nbytes, flag_count, rank, op, limit_ns,
-                      rows, WORLD, SLOT, WAIT).to(T)
+        ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
+        mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)  # again: to keep it in registers takes more than this
         if HAS_RESIDUAL:
-            summed = (before.to(tl.float32) + summed.to(tl.float32)).to(T)
-        if not ONE_ROW:
-            mine = ahead
-            if HAS_RESIDUAL:
-                before = tl.load(residual + following * RESIDUAL_STRIDE + at, mask=inside & (following < rows), other=0.0)
+            before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
+        if following < rows:
+            _push(x, ahead, following, 0, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                  WORLD, LOOPBACK, SLOT, PARTS)
+        if WAIT:
+            _arrived(row, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD, PARTS)
+        summed = _sum(x + row * X_STRIDE, mine, row, at, inside, parity, peer_data, nbytes, rank, rows, WORLD, SLOT)
+        if HAS_RESIDUAL:
+            summed = _plus(before, summed)
         tl.store(total + row * HIDDEN + at, summed, mask=inside)
-        y = summed.to(tl.float32)
-        y = y * tl.rsqrt(tl.div_rn(tl.sum(y * y, 0), HIDDEN * 1.0) + eps)
-        if CAST_FIRST:
-            normed = (w.to(tl.float32) * y.to(T).to(tl.float32)).to(T)
-        elif HAS_OFFSET:
-            normed = (y * (w.to(tl.float32) + offset)).to(T)
-        else:
-            normed = (y * w.to(tl.float32)).to(T)
+        normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
         if KEEP_NORM:
             tl.store(norm + row * HIDDEN + at, normed, mask=inside)
         if FMT != "bf16":
-            y = tl.where(inside, normed.to(tl.float32), 0.0)  # a NaN factor makes NaN of the padding too
-            _quantize(y, row, param, data, scales, HIDDEN, BLOCK, FMT, SWIZZLED)
+            y = _ended(normed, inside, HIDDEN, BLOCK)
+            if FMT == "fp8_token":
+                param = _scale_of(_amax(y, 0))
+                inverse = _inverse(param)
+            codes, scale = _quantized(y, param, inverse, FMT)
+            _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
+    _leave_epoch(state, counted)
+
+
+@triton.jit
+def _copy_row(arrived, arrived_scales, data, scales, row, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr,
+              SWIZZLED: tl.constexpr):
+    """A row's parts, linear at `arrived` and `arrived_scales`, to row `row` of the parts."""
+    PER: tl.constexpr = 2 if FMT == "nvfp4" else 1
+    at = tl.arange(0, BLOCK // PER)
+    inside = _below(at, HIDDEN // PER, BLOCK // PER)
+    codes = tl.load(tl.max_contiguous(arrived + at, 8), mask=inside, cache_modifier=".cg")
+    tl.store(tl.max_contiguous(data + row * (HIDDEN // PER) + at, 8), codes, mask=inside)
+    if FMT == "fp8_token":
+        tl.store(scales + row, tl.load(arrived_scales, cache_modifier=".cg"))
+    elif FMT != "fp8_tensor" and FMT != "bf16":
+        SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
+        COLUMNS: tl.constexpr = (HIDDEN + SIZE - 1) // SIZE
+        STORED: tl.constexpr = (COLUMNS + 3) // 4 * 4 if SWIZZLED else COLUMNS
+        column = tl.arange(0, BLOCK // SIZE)
+        inside = _below(column, COLUMNS, BLOCK // SIZE)
+        scale = tl.load(arrived_scales + column, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(scales + _scale_at(row, column, COLUMNS, SWIZZLED), scale, mask=_below(column, STORED, BLOCK // SIZE))
+
+
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
+def two_shot(
+    x, residual, weight, parameter, total, norm, data, scales,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
+    WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WAIT: tl.constexpr,
+    DATA_AT: tl.constexpr, SCALES_AT: tl.constexpr, ROW_BYTES: tl.constexpr,
+):
+    """Each row goes to one rank, its owner, which sums, normalizes and quantizes it and sends the results to every peer.
+
+    The arguments are `one_shot`'s. A half has the rows of all ranks that this one owns, slot `source * per + row`, then the
+    results of all owners, ROW_BYTES each, slot `owner * per + row`: the sum, the norm if it is kept, data from byte DATA_AT on,
+    scales from SCALES_AT on. Flags likewise.
+    """
+    SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
+    at = tl.arange(0, BLOCK)
+    inside = _below(at, HIDDEN, BLOCK)
+    pid, step = tl.program_id(0), tl.num_programs(0)
+    per = (rows + WORLD - 1) // WORLD
+    own = tl.maximum(0, tl.minimum(per, rows - rank * per))
+    results = (WORLD * per).to(tl.int64) * (SLOT * 2)
+    epoch = _epoch(state)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    param, inverse = 0.0, 0.0
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        param = tl.load(parameter)
+        inverse = _inverse(param)
+    parity = (epoch & 1).to(tl.int64)
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        source = peer if LOOPBACK else rank
+        owner = rank if LOOPBACK else peer  # what the peer would have sent here are this rank's rows
+        for r in range(pid, tl.minimum(per, rows - owner * per), step):
+            row = tl.cast(r, tl.int64)
+            mine = tl.load(x + (owner * per + row) * X_STRIDE + at, mask=inside, other=0.0)
+            tl.store(_at(peer_data[i] + parity * nbytes + (source * per + row) * (SLOT * 2), x) + at, mine, mask=inside)
+            tl.debug_barrier()
+            _set(peer_flags[i] + parity * flag_count * 4 + (source * per + row) * 4, epoch)
+    tl.debug_barrier()
+    counted = _count_in(state)
+    if SWIZZLED:
+        _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
+    for r in range(pid, own, step):
+        local = tl.cast(r, tl.int64)
+        row = rank * per + local
+        mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
+        if HAS_RESIDUAL:
+            before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
+        if WAIT:
+            _arrived(local, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, per, WORLD, 1)
+        summed = _sum(x + row * X_STRIDE, mine, local, at, inside, parity, peer_data, nbytes, rank, per, WORLD, SLOT)
+        if HAS_RESIDUAL:
+            summed = _plus(before, summed)
+        normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
+        tl.store(total + row * HIDDEN + at, summed, mask=inside)
+        if KEEP_NORM:
+            tl.store(norm + row * HIDDEN + at, normed, mask=inside)
+        if FMT != "bf16":
+            y = _ended(normed, inside, HIDDEN, BLOCK)
+            if FMT == "fp8_token":
+                param = _scale_of(_amax(y, 0))
+                inverse = _inverse(param)
+            codes, scale = _quantized(y, param, inverse, FMT)
+            _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
+        for i in tl.static_range(1, WORLD):
+            slot = ((rank + i) % WORLD if LOOPBACK else rank) * per + local
+            to = peer_data[i] + parity * nbytes + results + slot * ROW_BYTES
+            tl.store(_at(to, x) + at, summed, mask=inside)
+            if KEEP_NORM:
+                tl.store(_at(to + SLOT * 2, x) + at, normed, mask=inside)
+            if FMT != "bf16":
+                _store_parts(codes, scale, _at(to + DATA_AT, data), _at(to + SCALES_AT, scales), 0, 0, HIDDEN, BLOCK, FMT, False,
+                             BLOCK)
+        tl.debug_barrier()
+        for i in tl.static_range(1, WORLD):
+            slot = ((rank + i) % WORLD if LOOPBACK else rank) * per + local
+            _set(peer_flags[i] + parity * flag_count * 4 + (WORLD * per + slot) * 4, epoch)
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        for r in range(pid, tl.minimum(per, rows - peer * per), step):
+            local = tl.cast(r, tl.int64)
+            row = peer * per + local
+            if WAIT:
+                flag = peer_flags[0] + parity * flag_count * 4 + (WORLD * per + peer * per + local) * 4
+                _wait(flag, epoch, row, peer, report, op, limit_ns, 1)
+            of = peer_data[0] + parity * nbytes + results + (peer * per + local) * ROW_BYTES
+            summed = tl.load(_at(of, x) + at, mask=inside, cache_modifier=".cg")
+            tl.store(total + row * HIDDEN + at, summed, mask=inside)
+            if KEEP_NORM:
+                normed = tl.load(_at(of + SLOT * 2, x) + at, mask=inside, cache_modifier=".cg")
+                tl.store(norm + row * HIDDEN + at, normed, mask=inside)
+            if FMT != "bf16":
+                _copy_row(_at(of + DATA_AT, data), _at(of + SCALES_AT, scales), data, scales, row, HIDDEN, BLOCK, FMT, SWIZZLED)
+    _leave_epoch(state, counted)
+
+
+# ---- norm_quant_all_gather_matmul: all of it but the matmul ----
+
+
+@triton.jit
+def _came_last(counter, all):
+    """Count one of `all` rows, by one thread, behind a barrier; 1 in that thread if it was the last of them, which has then seen
+    whatever the others stored before they counted, else 0. The counter ends at 0, as it began."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t, most;
+        mov.b32 $0, 0; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra DONE;
+        fence.acq_rel.sys; sub.u32 most, $2, 1;
+        atom.relaxed.gpu.global.inc.u32 t, [$1], most;
+        fence.acq_rel.sys;
+        setp.eq.u32 p, t, most; selp.b32 $0, 1, 0, p;
+        DONE: }""", "=&r,l,r", [counter, all], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _set_if(last, flag, epoch):
+    """Set a flag, by the thread in which `last` is 1."""
+    tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.relaxed.sys.global.b32 [$2], $3; mov.b32 $0, $1; }",
+                              "=r,r,l,r", [last, flag, epoch], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at"])
+def norm_quant_push(
+    x, residual, weight, parameter, total, norm, data, scales, counters, ticket,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, scales_at,
+    WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
+):
+    """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer.
+
+    x, residual   (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
+    weight        (HIDDEN,) of any float dtype
+    total, norm   (rows, HIDDEN) of x's dtype, contiguous; total only with a residual
+    data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
+    counters      int32 (ceil(rows / ROWS_PER_FLAG),), all 0
+    ticket        int32 (1,): gets the epoch
+
+    What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
+    which begin at byte `scales_at`. Its flag is number `s * ceil(rows / ROWS_PER_FLAG) + r // ROWS_PER_FLAG`, set once these
+    ROWS_PER_FLAG rows have come. With GATHER the kernel waits for them and copies them into data and scales; without, whatever
+    runs next on this stream has to wait for every flag before the next exchange may begin.
+    """
+    PER: tl.constexpr = 2 if FMT == "nvfp4" else 1
+    SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16 if FMT == "nvfp4" else HIDDEN
+    DATA_ROW: tl.constexpr = HIDDEN // PER
+    SCALES_ROW: tl.constexpr = (HIDDEN + SIZE - 1) // SIZE
+    at = tl.arange(0, BLOCK)
+    inside = _below(at, HIDDEN, BLOCK)
+    pid, step = tl.program_id(0), tl.num_programs(0)
+    blocks = (rows + ROWS_PER_FLAG - 1) // ROWS_PER_FLAG
+    base = rank * rows if GATHER else rank * 0
+    epoch = _epoch(state)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    param, inverse = 0.0, 0.0
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        param = tl.load(parameter)
+        inverse = _inverse(param)
+    parity = (epoch & 1).to(tl.int64)
+    half = parity * nbytes
+    if pid == 0:
+        tl.store(ticket, epoch)
+    tl.debug_barrier()
+    counted = _count_in(state)
+    if SWIZZLED:
+        _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
+    for r in range(pid, rows, step):
+        row = tl.cast(r, tl.int64)
+        summed = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
+        if HAS_RESIDUAL:
+            summed = _plus(tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0), summed)
+            tl.store(total + row * HIDDEN + at, summed, mask=inside)
+        normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
+        if KEEP_NORM:
+            tl.store(norm + row * HIDDEN + at, normed, mask=inside)
+        if FMT == "bf16":
+            tl.store(data + (base + row) * HIDDEN + at, normed, mask=inside)
+        else:
+            y = _ended(normed, inside, HIDDEN, BLOCK)
+            if FMT == "fp8_token":
+                param = _scale_of(_amax(y, 0))
+                inverse = _inverse(param)
+            codes, scale = _quantized(y, param, inverse, FMT)
+            _store_parts(codes, scale, data, scales, base + row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
+        for i in tl.static_range(1, WORLD):
+            source = (rank + i) % WORLD if LOOPBACK else rank
+            to = _at(peer_data[i] + half, data)
+            if FMT == "bf16":
+                tl.store(to + (source * rows + row) * HIDDEN + at, normed, mask=inside)
+            else:
+                _store_parts(codes, scale, to, _at(peer_data[i] + half + scales_at, scales), source * rows + row, 0,
+                             HIDDEN, BLOCK, FMT, False, BLOCK)
+        tl.debug_barrier()
+        block = r // ROWS_PER_FLAG
+        last = _came_last(counters + block, tl.minimum(ROWS_PER_FLAG, rows - block * ROWS_PER_FLAG))
+        for i in tl.static_range(1, WORLD):
+            source = (rank + i) % WORLD if LOOPBACK else rank
+            _set_if(last, peer_flags[i] + parity * flag_count * 4 + (source * blocks + block) * 4, epoch)
+    if GATHER:
+        for i in tl.static_range(1, WORLD):
+            peer = (rank + i) % WORLD
+            for r in range(pid, rows, step):
+                row = tl.cast(peer * rows + r, tl.int64)
+                if WAIT:
+                    flag = peer_flags[0] + parity * flag_count * 4 + (peer * blocks + r // ROWS_PER_FLAG) * 4
+                    _wait(flag, epoch, r, peer, report, op, limit_ns, 1)
+                of = _at(peer_data[0] + half, data) + row * DATA_ROW
+                scales_of = _at(peer_data[0] + half + scales_at, scales) + row * SCALES_ROW
+                _copy_row(of, scales_of, data, scales, row, HIDDEN, BLOCK, FMT, SWIZZLED)
+    _leave_epoch(state, counted)

@@ -1,0 +1,112 @@
+"""norm_quant_all_gather_matmul: one Triton kernel that normalizes, quantizes and pushes, then the matmul op's own backend."""
+from __future__ import annotations
+
+import math
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import formats
+from ...errors import FusewireError
+from ...ops.collectives import world_size
+from ...ops.dense import linear, matmul
+from ...ops.fused import norm_quant_all_gather_matmul
+from .. import workspace
+from .launch import align, block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
+
+NAME = "norm_quant_all_gather_matmul"
+ROWS_PER_FLAG = 128
+_counters: weakref.WeakKeyDictionary[workspace.Workspace, Tensor] = weakref.WeakKeyDictionary()
+
+
+class Pushed(NamedTuple):
+    """What `push` made.
+
+    total, norm   (rows, hidden) of this rank's rows, or None
+    parts         of all ranks' rows (gathered), or of this rank's, linear
+    ticket        int32 (1,): the epoch whose half has the peers' rows, and which their flags hold
+    scales_at     byte of that half at which the peers' scales begin. Rank s's row r is row `s * rows + r` of the data, at byte 0,
+                  and of the scales; flag `s * ceil(rows / 128) + r // 128` is set once 128 rows have come
+    """
+
+    total: Tensor | None
+    norm: Tensor | None
+    parts: list[Tensor]
+    ticket: Tensor
+    scales_at: int
+
+
+def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
+             params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+             group: str) -> str | None:
+    return why_not(x, residual, weight, fmt, group)
+
+
+def push_bytes(x: Tensor, fmt: str, group: str) -> int:
+    """Bytes of the workspace that `push` needs."""
+    return sum(align(world_size(group) * x.shape[0] * b, 256) for b in row_bytes(x, fmt))
+
+
+def _nbytes(x: Tensor, *args) -> int:
+    return push_bytes(x, args[-3], args[-1])
+
+
+def _launch_shape(hidden: int) -> tuple[int, int]:
+    """(warps of a program, programs on a multiprocessor at once)."""
+    return min(16, max(1, block_of(hidden) // 1024)), 3
+
+
+def _counters_of(space: workspace.Workspace) -> Tensor:
+    """int32 zeros, one for each flag that a rank can have: what counts rows until they are ROWS_PER_FLAG."""
+    if space not in _counters:
+        if torch.cuda.is_current_stream_capturing():
+            raise FusewireError(f"{NAME}: it has not run in group {space.group!r} yet, and a CUDA graph is captured; run the model "
+                                "once before the capture")
+        most = space.nbytes // (space.world_size * 32 * ROWS_PER_FLAG) + 1  # a row has at least 32 bytes
+        _counters[space] = torch.zeros(most, dtype=torch.int32, device=space.device)
+    return _counters[space]
+
+
+def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
+         params: list[Tensor], fmt: str, group: str, gather: bool, wait: bool = True) -> Pushed:
+    """Residual add, RMSNorm, quantize this rank's rows and push the parts to every peer.
+
+    gather   wait for the peers' rows too and return all ranks' parts, in `fmt`'s layout. Without it whoever reads the peers' rows
+             waits for every flag of every peer, on this stream and before the next exchange
+    wait     False leaves that wait out, to show that tests notice
+    """
+    from . import kernels
+
+    space = workspace.of(group)
+    rows, hidden = x.shape
+    total = None if residual is None else torch.empty(rows, hidden, dtype=x.dtype, device=x.device)
+    norm = torch.empty(rows, hidden, dtype=x.dtype, device=x.device) if keep_norm else None
+    made = fmt if gather else linear(fmt)
+    parts = new_parts(x, rows * space.world_size if gather else rows, made)
+    parts = parts or [x.new_empty(rows * space.world_size if gather else rows, hidden)]
+    ticket = torch.empty(1, dtype=torch.int32, device=x.device)
+    scales_at = align(space.world_size * rows * row_bytes(x, fmt)[0], 256)
+    if rows:
+        blocks = math.ceil(rows / ROWS_PER_FLAG)
+        space.need(NAME, push_bytes(x, fmt, group), space.world_size * blocks)
+        warps, resident = _launch_shape(hidden)
+        constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space) | {"GATHER": gather, "WAIT": wait}
+        tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1],
+                   _counters_of(space), ticket]
+        launch(kernels.norm_quant_push, NAME, min(rows, resident * processors(x)), warps, resident, space, tensors,
+               (rows, eps, offset, scales_at), constants)
+    return Pushed(total, norm, parts, ticket, scales_at)
+
+
+# 5 us: what the exchange of a row takes on two H200, see all_reduce_norm_quant.
+@norm_quant_all_gather_matmul.backend("pushed", supports=_why_not, nbytes=_nbytes,
+                                      seconds=lambda u: 5e-6 + u.wire_s + u.matmul_s)
+def pushed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
+           params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+           group: str) -> list[Tensor]:
+    p = push(x, residual, weight, eps, offset, cast_first, keep_norm, params, fmt, group, gather=True)
+    n = formats.get(fmt).weight_len
+    ys = [matmul(p.parts, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
+    return [t for t in (p.total, p.norm) if t is not None] + ys
