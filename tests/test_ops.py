@@ -117,6 +117,10 @@ SAMPLES = {
     "all_reduce_norm_quant": Sample(lambda c: iter([
         (c.random(c.tokens, K), residual, *norm_args(c), c.params(), c.fmt, keep, c.group)
         for residual, keep in ((None, True), (c.random(c.tokens, K, key=5), c.fmt == "bf16"))]), ALL, True),
+    "norm_quant_all_gather_matmul": Sample(lambda c: iter([
+        (c.random(c.tokens, K), residual, *norm_args(c), keep, c.params(), [*c.weight(), *c.weight(6)], [None, c.bias()], c.fmt,
+         c.dtype, c.group)
+        for residual, keep in ((None, True), (c.random(c.tokens, K, key=5), False))]), ALL, True),
 }
 
 

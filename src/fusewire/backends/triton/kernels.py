@@ -189,7 +189,7 @@ def _divide(y, by, inverse):
 
 
 def _e2m1_asm() -> str:
-    """Eight e2m1 codes from float32 $1..$4 (even elements) and $5..$8 (odd ones), masked by $9.
+    """Eight e2m1 codes from float32 $1..$4 (even elements) and $5..$8 (odd ones), masked, a byte each, by $9..$12.
 
     With m the power of two below max(|x|, 1), e2m1's values from m to 2 m, and from 0 if m is 1, are m / 2 apart. m * 2^22 has
     steps of just m / 2, so adding it rounds |x| as wanted, ties to even, and leaves x / (m / 2) in the lowest bits. Two of them
@@ -204,7 +204,8 @@ def _e2m1_asm() -> str:
         shf.r.wrap.b32 codes, codes, x, 4;""" for e in elements)
     sign = "".join(f"shf.l.wrap.b32 signs, {e}, signs, 4; " for e in reversed(elements))
     return ("{ .reg .b32 x, m, c, codes, signs; mov.b32 codes, 0; mov.b32 signs, 0;" + code + sign
-            + "and.b32 signs, signs, 0x88888888; or.b32 codes, codes, signs; and.b32 $0, codes, $9; }")
+            + "and.b32 signs, signs, 0x88888888; or.b32 codes, codes, signs;"
+            + "prmt.b32 x, $9, $10, 0x4040; prmt.b32 m, $11, $12, 0x4040; prmt.b32 x, x, m, 0x5410; and.b32 $0, codes, x; }")
 
 
 _E2M1 = tl.constexpr(_e2m1_asm())

@@ -100,8 +100,8 @@ def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space
     if key not in _warm:
         if torch.cuda.is_current_stream_capturing():
             what = f"hidden = {constants['HIDDEN']} and {constants['FMT']}"
-            raise FusewireError(f"{op}: a kernel for {what} would be compiled while a CUDA graph is captured; run the model once before "
-                                "the capture")
+            raise FusewireError(f"{op}: a kernel for {what} would be compiled while a CUDA graph is captured; run the model once "
+                                "before the capture")
         _warm.add(key)
     kernel[(programs,)](*tensors, *space.from_here[:2], space.state, space.report, space.nbytes, space.flag_count, space.rank,
                         workspace.op_number(op), space.limit_ns, *numbers, **constants)
