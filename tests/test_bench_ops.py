@@ -16,7 +16,8 @@ from fusewire.bench.checks import Check
 from fusewire.op import OPS
 
 CPU = torch.device("cpu")
-FIELDS = {"suite", "op", "format", "world_size", "M", "K", "N", "candidate", "us", "ideal_us", "gpu", "torch", "date"}
+FIELDS = {"suite", "op", "format", "world_size", "M", "K", "N", "accumulation", "candidate", "us", "ideal_us", "gpu", "torch",
+          "date"}
 ALL = ",".join(cases.OPS_MEASURED)
 FORMATS = ("bf16", "fp8_tensor", "fp8_token", "fp8_block", "mxfp8", "nvfp4")
 
@@ -106,8 +107,9 @@ def test_wire_bytes_are_what_a_ring_sends():
 
 def test_the_ideal_is_the_longer_of_computing_and_sending():
     gather, norm = case("all_gather_matmul"), case("all_reduce_norm_quant")
-    us = {"fusewire": 1.0, "nccl": 9.0, "gemm": 5.0, "gemm:cuda": 4.0, "gemm:fast": 3.0, "copy": 0.5}
+    us = {"fusewire": 1.0, "nccl": 9.0, "gemm": 5.0, "gemm:fusewire": 4.0, "gemm:fast": 3.0, "copy": 0.5}
     assert ops.ideal_us(gather, us, None) == 4.0  # the fast mode is not the op's
+    assert ops.ideal_us(gather, us, None, fast=True) == 3.0
     assert ops.ideal_us(gather, us, gather.wire / 7e-6) == pytest.approx(7.0)
     assert ops.ideal_us(gather, us, gather.wire / 1e-6) == 4.0
     assert ops.ideal_us(norm, {"norm": 2.0, "copy": 0.5}, None) == 0.5

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from .. import formats, timing
 from .. import group as groups
+from ..backends import aten
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter
+from ..ops.dense import matmul
 from ..ops.norm import add_rms_norm
 from .cases import GATHER, NORM, SCATTER, Case
 
@@ -19,6 +21,19 @@ FAST_ERROR = 0.02  # of the largest value, instead, where sums are kept in the f
 def whole(case: Case, args: tuple) -> list[Tensor]:
     """The matmul's activation: gathered, if the op gathers it."""
     return all_gather.reference(args[0], case.group.name) if case.op.name == GATHER else args[0]
+
+
+def fast_sums(fmt: str, device: torch.device) -> bool:
+    """Do our backends add up FP8 products as tensor cores do by themselves, with about 14 bits? Then so do all we compare with."""
+    return device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token") and bool(getattr(aten, "FAST_ACCUMULATION", False))
+
+
+def cublas(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str, fast: bool = False) -> Tensor:
+    """The matmul op as PyTorch itself runs it, in bfloat16; without a GPU its reference."""
+    if fmt not in ("fp8_tensor", "fp8_token") or not x[0].is_cuda:
+        return matmul.reference(x, params, w, None, fmt, torch.bfloat16)
+    a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
+    return torch._scaled_mm(x[0], w[0].t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def after(total: Tensor, args: tuple) -> list[Tensor]:
@@ -55,8 +70,9 @@ class Check:
             exact, rounded = args[0].double(), args[0]
         else:
             f, params, w = formats.get(case.fmt), args[1], args[2]
-            exact = f.dequantize(whole(case, args), params).double() @ f.dequantize_weight(w).double().t()
-            rounded = exact.bfloat16()
+            x = whole(case, args)
+            exact = f.dequantize(x, params).double() @ f.dequantize_weight(w).double().t()
+            rounded = cublas(x, params, w, case.fmt, fast_sums(case.fmt, device))
         self.expected = {"op": [self._expect(exact, rounded, wire) for wire in wires(case)],
                          "alone": [self._expect(exact, rounded, lambda y: y)]}
 

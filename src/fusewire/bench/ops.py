@@ -18,7 +18,7 @@ from ..group import Group
 from ..models.parallelize import resolve
 from . import results, shapes
 from .cases import NORM, OPS_MEASURED, Case, cases, inputs, versions
-from .checks import Check
+from .checks import Check, fast_sums
 from .peers import FOREIGN, Candidate, candidates, puller
 
 LINK_BYTES = 256 << 20
@@ -129,12 +129,13 @@ def measure(case: Case, device: torch.device, link: float | None, about: dict[st
         else:
             right.append(c)
     del check  # gigabytes of float64
-    if not any(c.does == "alone" for c in right):
+    if not any(c.name in ("gemm", "norm") for c in right):
         return Measured([], [*out, "the ideal is not known"], wrong)
     us = timing.measure({c.name: turning(c, len(sets)) for c in right}, case.group, device=device)
-    ideal = ideal_us(case, us, link)
+    fast = fast_sums(case.fmt, device)
+    ideal = ideal_us(case, us, link, fast)
     cell = {"suite": "ops", "op": case.op.name, "format": case.fmt, "world_size": case.group.world_size, "M": case.M, "K": case.K,
-            "N": case.N}
+            "N": case.N, "accumulation": "fast" if fast else "float32"}
     lines = [{**cell, "candidate": name, "us": round(t, 3), "ideal_us": round(ideal, 3), **about} for name, t in us.items()]
     return Measured(lines, out, wrong)
 
@@ -145,10 +146,11 @@ def turning(c: Candidate, versions: int) -> Callable[[], object]:
     return lambda: c.run(next(calls) % versions)
 
 
-def ideal_us(case: Case, us: dict[str, float], link: float | None) -> float:
-    """The longer of computing and sending, if one hid the other: the best matmul alone that adds up precisely, or the norm alone;
+def ideal_us(case: Case, us: dict[str, float], link: float | None, fast: bool = False) -> float:
+    """The longer of computing and sending, if one hid the other: the best matmul alone that adds up as ours do, or the norm alone;
     the wire bytes over the measured link. Of all_reduce_norm_quant in loopback it is the copy of as many bytes."""
     if case.op.name == NORM and link is None:
         return us["copy"]
-    alone = min(t for name, t in us.items() if name.split(":")[0] in ("gemm", "norm") and name != "gemm:fast")
+    cublas = "gemm:fast" if fast and "gemm:fast" in us else "gemm"
+    alone = min(t for name, t in us.items() if name in (cublas, "gemm:fusewire", "norm"))
     return max(alone, case.wire / link * 1e6 if link else 0.0)

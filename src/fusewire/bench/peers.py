@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from .. import compat, formats
 from .. import group as groups
-from ..ops.dense import matmul
 from .cases import GATHER, NORM, SCATTER, Case
-from .checks import after, whole
+from .checks import after, cublas, fast_sums, whole
 
 FOREIGN = ("torch", "flashinfer")  # whatever these raise is their refusal
 
@@ -72,14 +72,6 @@ def fusewire(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Ca
 # --- the unfused program
 
 
-def cublas(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str, fast: bool = False) -> Tensor:
-    """The matmul op as PyTorch itself runs it, in bfloat16; without a GPU its reference."""
-    if fmt not in ("fp8_tensor", "fp8_token") or not x[0].is_cuda:
-        return matmul.reference(x, params, w, None, fmt, torch.bfloat16)
-    a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-    return torch._scaled_mm(x[0], w[0].t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-
 @functools.lru_cache(maxsize=1)
 def _compiled(fmt: str, device: str) -> Callable[[Tensor, tuple], list[Tensor]]:
     torch.compiler.reset()  # torch compiles a function only so many times: the token counts of one format fit
@@ -91,6 +83,7 @@ def collectives(case: Case, sets: list[tuple], device: torch.device) -> Iterator
     if (pg := _process_group(case)) is None:
         yield "a loopback group has no collectives"
         return
+    fast = fast_sums(case.fmt, device)
     name, then = "nccl" if device.type == "cuda" else "gloo", _compiled(case.fmt, device.type)
 
     def gather(i: int) -> list[Tensor]:
@@ -98,11 +91,11 @@ def collectives(case: Case, sets: list[tuple], device: torch.device) -> Iterator
         full = [t.new_empty((t.shape[0] * pg.size(), *t.shape[1:])) for t in x]
         for t, out in zip(x, full, strict=True):
             compat.all_gather_into(out.view(-1).view(torch.uint8), t.view(-1).view(torch.uint8), pg)
-        return [cublas(full, params, w, fmt)]
+        return [cublas(full, params, w, fmt, fast)]
 
     def scatter(i: int) -> list[Tensor]:
         x, params, w, _, fmt, *_ = sets[i]
-        y = cublas(x, params, w, fmt)
+        y = cublas(x, params, w, fmt, fast)
         out = y.new_empty(y.shape[0] // pg.size(), y.shape[1])
         compat.reduce_scatter_into(out, y, pg)
         return [out]
@@ -126,21 +119,22 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
     if case.op.name != NORM and case.fmt not in ("bf16", "fp8_tensor", "fp8_token"):
         yield f"its fused matmuls do not take {case.fmt}"
         return
-    ops, name, bf16 = torch.ops.symm_mem, case.group.name, torch.bfloat16
+    ops, name, bf16, fast = torch.ops.symm_mem, case.group.name, torch.bfloat16, fast_sums(case.fmt, device)
 
     def gather(i: int) -> list[Tensor]:
         x, params, w, _, fmt, *_ = sets[i]
         if fmt == "bf16":
             return ops.fused_all_gather_matmul(x[0], [w[0].t()], 0, name, return_A=False)[1]
         a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-        return ops.fused_all_gather_scaled_matmul(x[0], [w[0].t()], a, [b], 0, name, [None], [None], [bf16], [False])[1]
+        return ops.fused_all_gather_scaled_matmul(x[0], [w[0].t()], a, [b], 0, name, [None], [None], [bf16], [fast])[1]
 
     def scatter(i: int) -> list[Tensor]:
         x, params, w, _, fmt, *_ = sets[i]
         if fmt == "bf16":
             return [ops.fused_matmul_reduce_scatter(x[0], w[0].t(), "sum", 0, name)]
         a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-        return [ops.fused_scaled_matmul_reduce_scatter(x[0], w[0].t(), a, b, "sum", 0, 0, name, [case.M, case.N], out_dtype=bf16)]
+        return [ops.fused_scaled_matmul_reduce_scatter(x[0], w[0].t(), a, b, "sum", 0, 0, name, [case.M, case.N], out_dtype=bf16,
+                                                       use_fast_accum=fast)]
 
     if case.op.name != NORM:
         yield Candidate("torch", gather if case.op.name == GATHER else scatter)
@@ -206,22 +200,20 @@ def _flashinfer_workspace(pg: dist.ProcessGroup, hidden: int) -> _Space:
 
 
 def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
-    """`gemm`, `gemm:fast`, `gemm:BACKEND`: the matmul on data that is gathered already; `norm`: what follows the sum."""
+    """`gemm`, `gemm:fast`, `gemm:fusewire`: the matmul on data that is gathered already, by cuBLAS with precise and with fast
+    sums, and by our kernel; `norm`: what follows the sum."""
     if case.op.name == NORM:
         then = _compiled(case.fmt, device.type)
         yield Candidate("norm", lambda i: then(sets[i][0], sets[i]), "alone")
         return
-    xs = [whole(case, args) for args in sets]
-
-    def args(i: int) -> tuple:
-        return xs[i], sets[i][1], sets[i][2], None, case.fmt, torch.bfloat16
-
-    yield Candidate("gemm", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], case.fmt)], "alone")
-    if device.type == "cuda" and case.fmt in ("fp8_tensor", "fp8_token"):
-        yield Candidate("gemm:fast", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], case.fmt, True)], "alone", fast=True)
-    for b in matmul.backends:
-        if b.name != "aten" and b.supports(*args(0)) is None:
-            yield Candidate(f"gemm:{b.name}", _call(b.run, [args(i) for i in range(len(sets))]), "alone")
+    xs, fmt = [whole(case, args) for args in sets], case.fmt
+    yield Candidate("gemm", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], fmt)], "alone")
+    if device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token"):
+        yield Candidate("gemm:fast", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], fmt, True)], "alone", fast=True)
+    if find_spec("fusewire.backends.cuda") is not None:
+        gemm = import_module("fusewire.backends.cuda.gemm")
+        why = gemm.why_not(xs[0], sets[0][2], None, fmt, torch.bfloat16)
+        yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(xs[i], sets[i][1], sets[i][2], None, fmt)], "alone")
 
 
 def moved(case: Case) -> int:
