@@ -50,7 +50,9 @@ def test_two_ranks_print_write_and_plot(tmp_path):
     assert found == {("all_gather_matmul", 64, 64, 8): matmul, ("matmul_reduce_scatter", 32, 64, 8): matmul,
                      ("all_gather_matmul", 64, 192, 8): matmul, ("matmul_reduce_scatter", 96, 64, 8): matmul,
                      ("all_reduce_norm_quant", 64, 64, 8): matmul - {"gemm"} | {"norm"},
-                     ("all_reduce_norm_quant", 64, 64, 33): matmul - {"gemm"} | {"norm"}}
+                     ("all_reduce_norm_quant", 64, 64, 33): matmul - {"gemm"} | {"norm"},
+                     ("norm_quant_all_gather_matmul", 64, 64, 8): matmul | {"norm"},
+                     ("norm_quant_all_gather_matmul", 64, 192, 8): matmul | {"norm"}}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^gate_up +8 +\d+\.\d +\d+\.\d \d+\.\d\d ", done.stdout, re.M), done.stdout
     assert re.search(r"^fp8_token +1-127 +\d+\.\d\d 1\.00x ", done.stdout, re.M), done.stdout
@@ -68,7 +70,8 @@ def test_loopback_marks_its_lines(tmp_path):
 
 
 @pytest.mark.parametrize(("command", "sentence"), {
-    "--ops all_to_all": "unknown op 'all_to_all'; known: all_gather_matmul, matmul_reduce_scatter, all_reduce_norm_quant",
+    "--ops all_to_all": "unknown op 'all_to_all'; known: all_gather_matmul, matmul_reduce_scatter, all_reduce_norm_quant, "
+                        "norm_quant_all_gather_matmul",
     "--formats int3": "unknown format 'int3'; known: bf16, ",
     "--shape huge": "unknown shape 'huge'; known: llama-3-70b, llama-3-8b, tiny",
     "--tokens 8,many": "argument --tokens: '8,many' is not a list of positive whole numbers like 128,1024",
@@ -114,6 +117,10 @@ def test_the_ideal_is_the_longer_of_computing_and_sending():
     assert ops.ideal_us(gather, us, gather.wire / 1e-6) == 4.0
     assert ops.ideal_us(norm, {"norm": 2.0, "copy": 0.5}, None) == 0.5
     assert ops.ideal_us(norm, {"norm": 2.0, "copy": 0.5}, norm.wire / 3e-6) == pytest.approx(3.0)
+    boundary = case("norm_quant_all_gather_matmul")
+    assert boundary.wire == gather.wire
+    assert ops.ideal_us(boundary, us | {"norm": 2.0}, None) == 4.0 + 2.0
+    assert ops.ideal_us(boundary, us | {"norm": 2.0}, boundary.wire / 7e-6) == pytest.approx(7.0 + 2.0)
 
 
 def test_means_are_geometric_and_only_of_those_that_always_took_part():

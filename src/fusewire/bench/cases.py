@@ -14,7 +14,8 @@ from ..op import OPS, Meter, Op
 from ..ops import fused  # noqa: F401  (declares the ops)
 from . import shapes
 
-GATHER, SCATTER, NORM = OPS_MEASURED = ("all_gather_matmul", "matmul_reduce_scatter", "all_reduce_norm_quant")
+GATHER, SCATTER, NORM, BOUNDARY = OPS_MEASURED = (
+    "all_gather_matmul", "matmul_reduce_scatter", "all_reduce_norm_quant", "norm_quant_all_gather_matmul")
 ROTATED_BYTES = 160 << 20  # of one input, over all its versions: well over an L2 cache
 MOST_VERSIONS = 20
 WEIGHTS = 4  # versions of a weight, or 2 of one that is large already
@@ -53,7 +54,9 @@ def cases(ops: list[str], fmts: list[str], tokens: list[int], shape: shapes.Shap
     for fmt in fmts:
         formats.get(fmt)
         wanted = [(what, *p) for what, p in shapes.projections(shape, group.world_size).items()]
-        for what, op, k, n in [*wanted, ("norm", NORM, shape.hidden, shape.hidden)]:
+        wanted += [("norm", NORM, shape.hidden, shape.hidden)]
+        wanted += [(what, BOUNDARY, k, n) for what, op, k, n in wanted if op == GATHER]
+        for what, op, k, n in wanted:
             for m in tokens if op in ops else ():
                 if op != NORM and m % group.world_size:
                     out[f"{op}: {m} tokens do not divide over {group.world_size} ranks"] = None
@@ -96,7 +99,11 @@ def inputs(case: Case, version: int, device: torch.device) -> tuple:
                 case.group.name)
     heavy = device.type == "cuda" and case.K * case.N > ROTATED_BYTES // WEIGHTS
     w = _weight(case.fmt, case.N, case.K, device, case.group.rank(), version % (2 if heavy else WEIGHTS))
-    m = case.M // case.group.world_size if case.op.name == GATHER else case.M
+    m = case.M if case.op.name == SCATTER else case.M // case.group.world_size
+    if case.op.name == BOUNDARY:
+        weight = random(1, case.K)[0].sigmoid() + 0.5
+        return (random(m, case.K), random(m, case.K), weight, 1e-6, 0.0, False, False, static, w, [None], case.fmt, torch.bfloat16,
+                case.group.name)
     x = f.quantize(random(m, case.K), static)
     ws, bias = (w, [None]) if case.op.name == GATHER else (w, None)
     return x, static, ws, bias, case.fmt, torch.bfloat16, case.group.name

@@ -12,15 +12,28 @@ from ..backends import aten
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter
 from ..ops.dense import matmul
 from ..ops.norm import add_rms_norm
-from .cases import GATHER, NORM, SCATTER, Case
+from .cases import BOUNDARY, GATHER, NORM, SCATTER, Case
 
 MORE_ERROR = 1.5
 FAST_ERROR = 0.02  # of the largest value, instead, where sums are kept in the fast mode of FP8 tensor cores
 
 
-def whole(case: Case, args: tuple) -> list[Tensor]:
+def operands(case: Case, args: tuple) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(the parts of this rank's activation, its params, the weight) of an op's matmul."""
+    if case.op.name == BOUNDARY:
+        return after(args[0], tail(args))[1:], args[7], args[8]
+    return args[0], args[1], args[2]
+
+
+def whole(case: Case, x: list[Tensor]) -> list[Tensor]:
     """The matmul's activation: gathered, if the op gathers it."""
-    return all_gather.reference(args[0], case.group.name) if case.op.name == GATHER else args[0]
+    return x if case.op.name == SCATTER else all_gather.reference(x, case.group.name)
+
+
+def tail(args: tuple) -> tuple:
+    """The arguments of norm_quant_all_gather_matmul as those of `after`."""
+    x, residual, weight, eps, offset, cast_first, _, params, _, _, fmt, _, group = args
+    return x, residual, weight, eps, offset, cast_first, params, fmt, fmt == "bf16", group
 
 
 def fast_sums(fmt: str, device: torch.device) -> bool:
@@ -66,29 +79,43 @@ class Check:
 
     def __init__(self, case: Case, args: tuple, device: torch.device):
         self.case, self.args, self.device = case, args, device
+        self.expected: dict[str, list[tuple[list[Tensor], list[float]]]] = {}
         if case.op.name == NORM:
-            exact, rounded = args[0].double(), args[0]
+            for does, wanted in (("op", wires(case)), ("norm", [lambda y: y])):
+                self.expected[does] = [self._normed(wire(args[0].double()), wire(args[0]), args) for wire in wanted]
+            return
+        f, fast = formats.get(case.fmt), fast_sums(case.fmt, device)
+        parts, params, w = operands(case, args)
+        x, weight = whole(case, parts), f.dequantize_weight(w).double().t()
+        exact, rounded = f.dequantize(x, params).double() @ weight, cublas(x, params, w, case.fmt, fast)
+        self.expected["gemm"] = [self._expect([exact], [rounded])]
+        if case.op.name == BOUNDARY:
+            [want, _] = normed = self._normed(args[0].double(), args[0], tail(args))
+            self.expected["norm"] = [normed]
+            y = all_gather.reference([want[1]], case.group.name)[0] @ weight
+            self.expected["op"] = [self._expect([want[0], y], [after(args[0], tail(args))[0], rounded])]
         else:
-            f, params, w = formats.get(case.fmt), args[1], args[2]
-            x = whole(case, args)
-            exact = f.dequantize(x, params).double() @ f.dequantize_weight(w).double().t()
-            rounded = cublas(x, params, w, case.fmt, fast_sums(case.fmt, device))
-        self.expected = {"op": [self._expect(exact, rounded, wire) for wire in wires(case)],
-                         "alone": [self._expect(exact, rounded, lambda y: y)]}
+            self.expected["op"] = [self._expect([wire(exact)], [wire(rounded)]) for wire in wires(case)]
 
-    def _expect(self, exact: Tensor, rounded: Tensor, wire: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[float]]:
+    def _normed(self, exact: Tensor, rounded: Tensor, args: tuple) -> tuple[list[Tensor], list[float]]:
+        """`_expect` of what `after` makes of a sum."""
+        _, residual, weight, eps, *_ = args
+        total = exact + residual.double()
+        return self._expect([total, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps) * weight.double()],
+                            self._read(after(rounded, args)))
+
+    def _read(self, outputs: list[Tensor]) -> list[Tensor]:
+        """What `after` gives, with the norm dequantized."""
+        if self.case.fmt == "bf16":
+            return outputs
+        params = self.args[7] if self.case.op.name == BOUNDARY else self.args[6]
+        return [outputs[0], formats.get(self.case.fmt).dequantize(outputs[1:], params)]
+
+    def _expect(self, want: list[Tensor], unfused: list[Tensor]) -> tuple[list[Tensor], list[float]]:
         """(the outputs in float64, the unfused program's largest error in each)."""
-        want, unfused = [wire(exact)], [wire(rounded)]
-        if self.case.op.name == NORM:
-            _, residual, weight, eps, *_ = self.args
-            total = want[0] + residual.double()
-            want = [total, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps) * weight.double()]
-            unfused = after(unfused[0], self.args)
         return want, self._errors(unfused, want)
 
     def _errors(self, got: list[Tensor], want: list[Tensor]) -> list[float]:
-        if self.case.op.name == NORM and self.case.fmt != "bf16":
-            got = [got[0], formats.get(self.case.fmt).dequantize(got[1:], self.args[6])]
         if [y.shape for y in got] != [y.shape for y in want]:
             return [float("inf")] * len(want)
         return [float((g.double() - w).abs().amax()) if w.numel() else 0.0 for g, w in zip(got, want, strict=True)]
@@ -98,6 +125,8 @@ class Check:
         if does == "copy":
             return None
         whys = []
+        if does == "norm" or (does == "op" and self.case.op.name == NORM):
+            outputs = self._read(outputs)
         for want, unfused in self.expected[does]:
             errors = timing.slowest(self._errors(outputs, want), self.case.group, self.device)
             limits = [FAST_ERROR * float(w.abs().amax()) if fast else MORE_ERROR * e for w, e in zip(want, unfused, strict=True)]

@@ -30,7 +30,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     ops = kinds.add_parser("ops", help="our ops against NCCL, PyTorch's fused ops and the matmul alone; numbers are checked first")
     ops.add_argument("--ops", type=names, default="all_gather_matmul,matmul_reduce_scatter", metavar="OP,...",
-                     help="of all_gather_matmul, matmul_reduce_scatter, all_reduce_norm_quant (default: the first two)")
+                     help="of all_gather_matmul, matmul_reduce_scatter, all_reduce_norm_quant, norm_quant_all_gather_matmul "
+                          "(default: the first two)")
     ops.add_argument("--tokens", type=counts, default="128,256,512,1024,2048,4096,8192,16384", metavar="N,...",
                      help="tokens of all ranks together (default 128,256,...,16384)")
     ops.set_defaults(main=_ops)

@@ -129,7 +129,7 @@ def measure(case: Case, device: torch.device, link: float | None, about: dict[st
         else:
             right.append(c)
     del check  # gigabytes of float64
-    if not any(c.name in ("gemm", "norm") for c in right):
+    if not {"norm" if case.op.name == NORM else "gemm"} <= {c.name for c in right}:
         return Measured([], [*out, "the ideal is not known"], wrong)
     us = timing.measure({c.name: turning(c, len(sets)) for c in right}, case.group, device=device)
     fast = fast_sums(case.fmt, device)
@@ -148,9 +148,12 @@ def turning(c: Candidate, versions: int) -> Callable[[], object]:
 
 def ideal_us(case: Case, us: dict[str, float], link: float | None, fast: bool = False) -> float:
     """The longer of computing and sending, if one hid the other: the best matmul alone that adds up as ours do, or the norm alone;
-    the wire bytes over the measured link. Of all_reduce_norm_quant in loopback it is the copy of as many bytes."""
+    the wire bytes over the measured link. Of all_reduce_norm_quant in loopback it is the copy of as many bytes; of an op with a
+    norm before the matmul it has the norm alone on top."""
     if case.op.name == NORM and link is None:
         return us["copy"]
     cublas = "gemm:fast" if fast and "gemm:fast" in us else "gemm"
-    alone = min(t for name, t in us.items() if name in (cublas, "gemm:fusewire", "norm"))
-    return max(alone, case.wire / link * 1e6 if link else 0.0)
+    wire, norm = case.wire / link * 1e6 if link else 0.0, us.get("norm", 0.0)
+    if case.op.name == NORM:
+        return max(norm, wire)
+    return max(min(t for name, t in us.items() if name in (cublas, "gemm:fusewire")), wire) + norm

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import compat, formats
 from .. import group as groups
-from .cases import GATHER, NORM, SCATTER, Case
-from .checks import after, cublas, fast_sums, whole
+from .cases import BOUNDARY, GATHER, NORM, SCATTER, Case
+from .checks import after, cublas, fast_sums, operands, tail, whole
 
 FOREIGN = ("torch", "flashinfer")  # whatever these raise is their refusal
 
@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
     """One way to do it.
 
     run   version of the inputs -> the outputs
-    does  "op"; "alone": the op without what is on the wire; "copy": as many bytes as the op moves, and nothing else
+    does  "op"; "gemm" or "norm": that part alone, on data that is there; "copy": as many bytes as the op moves, and nothing else
     fast  it may add up in the fast mode of FP8 tensor cores
     """
 
@@ -86,12 +86,18 @@ def collectives(case: Case, sets: list[tuple], device: torch.device) -> Iterator
     fast = fast_sums(case.fmt, device)
     name, then = "nccl" if device.type == "cuda" else "gloo", _compiled(case.fmt, device.type)
 
-    def gather(i: int) -> list[Tensor]:
-        x, params, w, _, fmt, *_ = sets[i]
+    def gather_of(x: list[Tensor], params: list[Tensor], w: list[Tensor]) -> Tensor:
         full = [t.new_empty((t.shape[0] * pg.size(), *t.shape[1:])) for t in x]
         for t, out in zip(x, full, strict=True):
             compat.all_gather_into(out.view(-1).view(torch.uint8), t.view(-1).view(torch.uint8), pg)
-        return [cublas(full, params, w, fmt, fast)]
+        return cublas(full, params, w, case.fmt, fast)
+
+    def gather(i: int) -> list[Tensor]:
+        return [gather_of(*sets[i][:3])]
+
+    def boundary(i: int) -> list[Tensor]:
+        total, *x = then(sets[i][0], tail(sets[i]))
+        return [total, gather_of(x, sets[i][7], sets[i][8])]
 
     def scatter(i: int) -> list[Tensor]:
         x, params, w, _, fmt, *_ = sets[i]
@@ -105,7 +111,7 @@ def collectives(case: Case, sets: list[tuple], device: torch.device) -> Iterator
         dist.all_reduce(total, group=pg)
         return then(total, sets[i])
 
-    yield Candidate(name, {GATHER: gather, SCATTER: scatter, NORM: reduce}[case.op.name])
+    yield Candidate(name, {GATHER: gather, SCATTER: scatter, NORM: reduce, BOUNDARY: boundary}[case.op.name])
 
 
 # --- other libraries
@@ -120,13 +126,20 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
         yield f"its fused matmuls do not take {case.fmt}"
         return
     ops, name, bf16, fast = torch.ops.symm_mem, case.group.name, torch.bfloat16, fast_sums(case.fmt, device)
+    then = _compiled(case.fmt, device.type)
+
+    def gather_of(x: list[Tensor], params: list[Tensor], w: list[Tensor]) -> list[Tensor]:
+        if case.fmt == "bf16":
+            return ops.fused_all_gather_matmul(x[0], [w[0].t()], 0, name, return_A=False)[1]
+        a, b = (params[0], w[1]) if case.fmt == "fp8_tensor" else (x[1], w[1].t())
+        return ops.fused_all_gather_scaled_matmul(x[0], [w[0].t()], a, [b], 0, name, [None], [None], [bf16], [fast])[1]
 
     def gather(i: int) -> list[Tensor]:
-        x, params, w, _, fmt, *_ = sets[i]
-        if fmt == "bf16":
-            return ops.fused_all_gather_matmul(x[0], [w[0].t()], 0, name, return_A=False)[1]
-        a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-        return ops.fused_all_gather_scaled_matmul(x[0], [w[0].t()], a, [b], 0, name, [None], [None], [bf16], [fast])[1]
+        return gather_of(*sets[i][:3])
+
+    def boundary(i: int) -> list[Tensor]:
+        total, *x = then(sets[i][0], tail(sets[i]))
+        return [total, *gather_of(x, sets[i][7], sets[i][8])]
 
     def scatter(i: int) -> list[Tensor]:
         x, params, w, _, fmt, *_ = sets[i]
@@ -137,9 +150,9 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
                                                        use_fast_accum=fast)]
 
     if case.op.name != NORM:
-        yield Candidate("torch", gather if case.op.name == GATHER else scatter)
+        yield Candidate("torch", {GATHER: gather, SCATTER: scatter, BOUNDARY: boundary}[case.op.name])
         return
-    then, rows = _compiled(case.fmt, "cuda"), len(sets)
+    rows = len(sets)
     memory, _ = compat.symmetric_memory(rows * case.M * case.N * 2, name, device)
     xs = memory.view(bf16).view(rows, case.M, case.N)  # where a producer that knows of it could have written
     for x, args in zip(xs, sets, strict=True):
@@ -202,18 +215,21 @@ def _flashinfer_workspace(pg: dist.ProcessGroup, hidden: int) -> _Space:
 def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
     """`gemm`, `gemm:fast`, `gemm:fusewire`: the matmul on data that is gathered already, by cuBLAS with precise and with fast
     sums, and by our kernel; `norm`: what follows the sum."""
-    if case.op.name == NORM:
+    if case.op.name in (NORM, BOUNDARY):
         then = _compiled(case.fmt, device.type)
-        yield Candidate("norm", lambda i: then(sets[i][0], sets[i]), "alone")
+        rest = tail if case.op.name == BOUNDARY else tuple
+        yield Candidate("norm", lambda i: then(sets[i][0], rest(sets[i])), "norm")
+    if case.op.name == NORM:
         return
-    xs, fmt = [whole(case, args) for args in sets], case.fmt
-    yield Candidate("gemm", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], fmt)], "alone")
+    fmt, own = case.fmt, [operands(case, args) for args in sets]
+    calls = [(whole(case, x), params, w) for x, params, w in own]
+    yield Candidate("gemm", lambda i: [cublas(*calls[i], fmt)], "gemm")
     if device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token"):
-        yield Candidate("gemm:fast", lambda i: [cublas(xs[i], sets[i][1], sets[i][2], fmt, True)], "alone", fast=True)
+        yield Candidate("gemm:fast", lambda i: [cublas(*calls[i], fmt, True)], "gemm", fast=True)
     if find_spec("fusewire.backends.cuda") is not None:
         gemm = import_module("fusewire.backends.cuda.gemm")
-        why = gemm.why_not(xs[0], sets[0][2], None, fmt, torch.bfloat16)
-        yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(xs[i], sets[i][1], sets[i][2], None, fmt)], "alone")
+        why = gemm.why_not(calls[0][0], calls[0][2], None, fmt, torch.bfloat16)
+        yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(*calls[i], None, fmt)], "gemm")
 
 
 def moved(case: Case) -> int:

@@ -17,6 +17,7 @@ from ..errors import InputError
 GROUPS = {"1-127": range(1, 128), "128-512": range(128, 1024), "1024-2048": range(1024, 4096), "4096-": range(4096, 1 << 62)}
 """Token counts that are averaged together."""
 BOUNDS = ("gemm", "norm", "copy")  # candidates that do less than the op
+MATMULS = ("all_gather_matmul", "matmul_reduce_scatter")  # whose means are taken together
 CELL = ("op", "format", "K", "N", "M")  # what a line's time can be compared within
 
 
@@ -60,11 +61,11 @@ def cells(lines: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
 
 def means(lines: Iterable[dict]) -> list[dict[str, Any]]:
     """For each (op kind, format, group of token counts) and candidate the geometric mean of time / ideal, and of its time over
-    Fusewire's. Only for candidates that took part at every size. The matmuls' ops are one kind."""
+    Fusewire's. Only for candidates that took part at every size. MATMULS are one kind."""
     grouped: dict[tuple, list[dict[str, dict]]] = {}
     for (op, fmt, _, _, m), by_name in cells(lines).items():
         tokens = next(name for name, r in GROUPS.items() if m in r)
-        grouped.setdefault(("matmuls" if "matmul" in op else op, fmt, tokens), []).append(by_name)
+        grouped.setdefault(("matmuls" if op in MATMULS else op, fmt, tokens), []).append(by_name)
     found = []
     for (kind, fmt, tokens), rows in grouped.items():
         for name in dict.fromkeys(n for row in rows for n in row):
