@@ -13,14 +13,14 @@ import torch
 from dist import run_ranks
 
 from fusewire import group as groups
-from fusewire.bench import floor, model, results, shapes
+from fusewire.bench import cases, floor, model, results, shapes
 from fusewire.bench.stack import stack
 from fusewire.compiler import capture
 from fusewire.compiler.capture import compile
 from fusewire.config import Config
 from fusewire.errors import FusewireError
 from fusewire.models.parallelize import resolve
-from fusewire.op import op_of
+from fusewire.op import OPS, op_of
 
 CPU = torch.device("cpu")
 FIELDS = {"suite", "shape", "layers", "format", "world_size", "codegen", "tokens", "candidate", "us", "plan", "gpu", "torch",
@@ -43,7 +43,8 @@ def test_two_ranks_print_write_and_plot(tmp_path):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(line.keys() == FIELDS and line["us"] > 0 and line["suite"] == "model" for line in lines)
     assert {(line["tokens"], line["candidate"], line["plan"]) for line in lines} == {
-        (tokens, name, plan) for tokens, plan in ((8, "sharded"), (33, "replicated")) for name in NAMES}
+        (tokens, name, plan) for tokens, plan in ((8, "sharded"), (33, "replicated")) for name in NAMES} | {
+        (8, "floor:sharded", "sharded")}
     assert re.search(r"^fp8_tensor +8 +sharded +\d+\.\d{3} ", done.stdout, re.M), done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -84,7 +85,7 @@ def test_the_floor_sends_nothing_and_computes_the_rest():
     g = groups.loopback_group(2)
     compiled, inputs, _ = captured(g)
     found, _ = compiled.last
-    found.others["floor"] = plan = floor.floor(found)
+    found.others["floor"] = plan = floor.without_wire(found.unfused)
     left = [op_of(n).name for n in plan.gm.graph.nodes if op_of(n)]
     before = [op_of(n).name for n in found.unfused.gm.graph.nodes if op_of(n)]
     assert before.count("all_reduce") == 3 and before.count("all_gather") == 1
@@ -96,10 +97,38 @@ def test_the_floor_sends_nothing_and_computes_the_rest():
     assert torch.equal(logits[..., :50], logits[..., 51:101])  # the gather of 51 + 51 columns repeats this rank's
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "fp8_token"])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", cases.OPS_MEASURED)
+def test_an_op_without_its_wire(name, world_size, fmt, monkeypatch):
+    """Of one rank it is the op itself; of two, a sum keeps this rank's part and a gather repeats it."""
+    g = groups.loopback_group(world_size)
+    # peers that send what this rank sends to gathers, and zeros to sums
+    silent = groups.Group(g.name, world_size, lambda: 0, lambda x: x.repeat(world_size),
+                          lambda x: torch.cat([x.chunk(world_size)[0], x.new_zeros(x.numel() - x.numel() // world_size)]))
+    monkeypatch.setitem(groups._made, g.name, silent)
+    args = cases.inputs(cases.Case(OPS[name], "a layer", fmt, 8, 32, 32, g), 0, CPU)
+    got = floor.WITHOUT_WIRE[name](*args)
+    if name == "all_reduce_norm_quant":  # whose reference cuts the sum, and would then repeat its first half
+        monkeypatch.setitem(groups._made, g.name, groups.loopback_group(1))
+    want = OPS[name].reference(*args)
+    for y, z in zip(*([v] if isinstance(v, torch.Tensor) else v for v in (got, want)), strict=True):
+        assert torch.equal(y.view(torch.uint8), z.view(torch.uint8))
+
+
+def test_the_sharded_floor_sends_nothing():
+    compiled, inputs, _ = captured(groups.loopback_group(2))
+    found, size = compiled.last
+    plan = found.others["floor"] = floor.without_wire(found.choose(size, "sharded"))
+    assert found.choose(size, "sharded").sent(size)[0] > 0 and plan.sent(size) == (0, 0)
+    compiled.plan = "floor"
+    assert compiled(**inputs).logits.isfinite().all()
+
+
 def two_ranks(rank):
     compiled, inputs, want = captured(resolve(None))
     found, _ = compiled.last
-    found.others["library"] = plan = floor.library(found)
+    found.others["library"] = plan = floor.by_library(found.unfused)
     assert not [n for n in plan.gm.graph.nodes if op_of(n) and "group" in op_of(n).params]
     compiled.plan = "library"
     return [want, compiled(**inputs).logits]
@@ -146,10 +175,10 @@ def test_exposed_communication_and_the_table(capsys):
     from rich.console import Console
 
     lines = [{"format": "bf16", "tokens": 1000, "candidate": c, "us": us, "plan": "sharded"}
-             for c, us in {"unfused": 30e3, "fused": 12e3, "floor": 10e3}.items()]
+             for c, us in {"unfused": 30e3, "fused": 12e3, "floor": 10e3, "floor:sharded": 11e3}.items()]
     results.print_model(Console(width=200), lines)
     assert capsys.readouterr().out.splitlines()[-1].split() == [
-        "bf16", "1000", "sharded", "30.000", "12.000", "10.000", "33333", "83333", "+150.0%", "10.0%"]
+        "bf16", "1000", "sharded", "30.000", "12.000", "10.000", "11.000", "33333", "83333", "+150.0%", "10.0%", "5.3%"]
 
 
 def test_inductor_looks_into_a_norm_and_a_quantization(monkeypatch):

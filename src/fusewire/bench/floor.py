@@ -2,64 +2,88 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tensor
 
-from .. import compat
-from ..compiler.plan import Capture, Plan
+from .. import compat, formats
+from ..compiler.plan import Plan
 from ..op import op_of
-from ..ops.collectives import all_gather, all_reduce, all_reduce_max, world_size
+from ..ops.collectives import world_size
+from ..ops.dense import matmul, quantize
+from ..ops.norm import add_rms_norm, rms_norm
 
-Rewrite = Callable[[fx.Graph, fx.Node], fx.Node | list[fx.Node]]
-"""(graph, a collective's call) -> the node, or the list of nodes, that take its place."""
-
-
-def floor(found: Capture) -> Plan:
-    """The unfused graph with its collectives replaced by the identity: what no plan can beat by hiding them. A gather, which has
-    to give more than it gets, repeats its input."""
-    def identity(graph: fx.Graph, n: fx.Node) -> fx.Node:
-        return n.args[0]
-
-    def repeated(graph: fx.Graph, n: fx.Node) -> list[fx.Node]:
-        return [graph.call_function(torch.ops.aten.cat.default, ([x] * world_size(n.args[1]),)) for x in n.args[0]]
-
-    return _rewritten("floor", found, {all_reduce.name: identity, all_reduce_max.name: identity, all_gather.name: repeated})
+# What is left of an op without its wire, with the op's own arguments. A sum keeps this rank's part, a gather repeats it.
 
 
-def library(found: Capture) -> Plan:
-    """The unfused graph with the process group's own collectives, whose sums are not in rank order: what a model without Fusewire
-    would run."""
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    return x
+
+
+def all_gather(x: list[Tensor], group: str) -> list[Tensor]:
+    return [torch.cat([t.view(torch.uint8)] * world_size(group)).view(t.dtype) for t in x]
+
+
+def reduce_scatter(x: Tensor, group: str) -> Tensor:
+    return x.chunk(world_size(group))[0]
+
+
+def all_gather_matmul(x, params, ws, biases, fmt, dtype, group):
+    full, n = all_gather(x, group), formats.get(fmt).weight_len
+    return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
+
+
+def matmul_reduce_scatter(x, params, w, bias, fmt, dtype, group):
+    return reduce_scatter(matmul(x, params, w, bias, fmt, dtype), group)
+
+
+def all_reduce_norm_quant(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group):
+    y, total = (rms_norm(x, weight, eps, offset, cast_first), x) if residual is None else add_rms_norm(
+        x, residual, weight, eps, offset, cast_first)
+    return [total, *([y] if keep_norm else []), *([] if fmt == "bf16" else quantize(y, params, fmt))]
+
+
+def norm_quant_all_gather_matmul(x, residual, weight, eps, offset, cast_first, keep_norm, params, ws, biases, fmt, dtype, group):
+    keeps = keep_norm or fmt == "bf16"
+    total, *rest = all_reduce_norm_quant(x, residual, weight, eps, offset, cast_first, params, fmt, keeps, group)
+    parts = rest[-1:] if fmt == "bf16" else rest[-len(formats.get(fmt).parts):]
+    return [*([] if residual is None else [total]), *(rest[:1] if keep_norm else []),
+            *all_gather_matmul(parts, params, ws, biases, fmt, dtype, group)]
+
+
+# What a model without Fusewire would run: the process group's own collectives, whose sums are not in rank order.
+
+
+def library_all_reduce(x: Tensor, group: str) -> Tensor:
     c10d = torch.ops._c10d_functional
-
-    def reduced(graph: fx.Graph, n: fx.Node) -> fx.Node:
-        started = graph.call_function(c10d.all_reduce.default, (n.args[0], "sum", n.args[1]))
-        return graph.call_function(c10d.wait_tensor.default, (started,))
-
-    def gathered(graph: fx.Graph, n: fx.Node) -> list[fx.Node]:
-        started = [graph.call_function(c10d.all_gather_into_tensor.default, (x, world_size(n.args[1]), n.args[1]))
-                   for x in n.args[0]]
-        return [graph.call_function(c10d.wait_tensor.default, (s,)) for s in started]
-
-    return _rewritten("library", found, {all_reduce.name: reduced, all_gather.name: gathered})
+    return c10d.wait_tensor(c10d.all_reduce(x, "sum", group))
 
 
-def _rewritten(name: str, found: Capture, rewrites: dict[str, Rewrite]) -> Plan:
-    old = found.unfused
-    graph = copy.deepcopy(old.gm.graph)
-    for n in list(graph.nodes):
-        if (o := op_of(n)) is None or o.name not in rewrites:
-            continue
-        with graph.inserting_before(n):
-            new = rewrites[o.name](graph, n)
-        if isinstance(new, list):
-            for getitem in [u for u in n.users if u.target is operator.getitem]:
-                getitem.replace_all_uses_with(new[getitem.args[1]])
-                graph.erase_node(getitem)
-        else:
-            n.replace_all_uses_with(new)
-        graph.erase_node(n)
-    graph.lint()
-    return Plan(name, compat.graph_module(old.gm, graph), [], old.symbol, old.multiple)
+def library_all_gather(x: list[Tensor], group: str) -> list[Tensor]:
+    c10d = torch.ops._c10d_functional
+    started = [c10d.all_gather_into_tensor(t.contiguous(), world_size(group), group) for t in x]
+    return [c10d.wait_tensor(s) for s in started]
+
+
+WITHOUT_WIRE = {f.__name__: f for f in (all_reduce, all_gather, reduce_scatter, all_gather_matmul, matmul_reduce_scatter,
+                                        all_reduce_norm_quant, norm_quant_all_gather_matmul)} | {"all_reduce_max": all_reduce}
+BY_LIBRARY = {"all_reduce": library_all_reduce, "all_gather": library_all_gather}
+
+
+def without_wire(plan: Plan) -> Plan:
+    """The plan with its collectives replaced by the identity: what it would take if all of them were hidden."""
+    return _replaced(plan, "floor", WITHOUT_WIRE)
+
+
+def by_library(unfused: Plan) -> Plan:
+    """The unfused plan with the process group's own collectives."""
+    return _replaced(unfused, "library", BY_LIBRARY)
+
+
+def _replaced(plan: Plan, name: str, functions: dict[str, Callable]) -> Plan:
+    graph = copy.deepcopy(plan.gm.graph)
+    for n in graph.nodes:
+        if (o := op_of(n)) is not None and o.name in functions:
+            n.target = functions[o.name]
+    return Plan(name, compat.graph_module(plan.gm, graph), [], plan.symbol, plan.multiple)

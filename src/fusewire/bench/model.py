@@ -19,7 +19,7 @@ from . import floor, results, shapes
 from .ops import NO_MULTICAST
 from .stack import stack
 
-CANDIDATES = ("unfused", "fused", "floor")
+SHARDED_FLOOR = "floor:sharded"  # the sharded plan without its collectives
 PROMPTS = (1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FAR = 0.25  # root mean square of the difference of logits, over that of the logits: random weights make small errors large
@@ -109,11 +109,18 @@ def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace
     want = call("unfused")()
     assert compiled.last is not None
     found, size = compiled.last
-    found.others.setdefault("floor", floor.floor(found))
-    if not args.loopback:  # whose collectives are the reference's, without a wire
-        found.others.setdefault("library", floor.library(found))
-    check(call(args.plan)(), want, args, group, device)
-    runs = {"unfused": call("unfused" if args.loopback else "library"), "fused": call(args.plan), "floor": call("floor")}
+    runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor")}
+    if "floor" not in found.others:
+        found.others["floor"] = floor.without_wire(found.unfused)
+    if not args.loopback:  # whose unfused collectives are the reference's, without a wire
+        if "library" not in found.others:
+            found.others["library"] = floor.by_library(found.unfused)
+        runs["unfused"] = call("library")
+    if found.why_not_sharded(size) is None:
+        if SHARDED_FLOOR not in found.others:
+            found.others[SHARDED_FLOOR] = floor.without_wire(found.choose(size, "sharded"))
+        runs[SHARDED_FLOOR] = call(SHARDED_FLOOR)
+    check(runs["fused"](), want, args, group, device)
     return timing.measure(runs, group, graph=not args.eager, device=device), found.choose(size, args.plan).name
 
 

@@ -151,10 +151,10 @@ def plot_ops(path: Path, lines: list[dict], names_of: dict[tuple[str, int, int],
     pyplot.close(figure)
 
 
-def exposed(us: dict[str, float]) -> float:
-    """How much of the communication is still seen: (fused - floor) / (unfused - floor); NaN where there is none."""
-    hidden = us["unfused"] - us["floor"]
-    return (us["fused"] - us["floor"]) / hidden if hidden > 0 else math.nan
+def exposed(us: dict[str, float], floor: str = "floor") -> float:
+    """How much of the communication is still seen: (fused - floor) / (unfused - floor); NaN where there is none, or no floor."""
+    hidden = us["unfused"] - us.get(floor, math.inf)
+    return (us["fused"] - us[floor]) / hidden if hidden > 0 else math.nan
 
 
 def stacks(lines: Iterable[dict]) -> dict[tuple[str, int], tuple[dict[str, float], str]]:
@@ -167,11 +167,12 @@ def stacks(lines: Iterable[dict]) -> dict[tuple[str, int], tuple[dict[str, float
 
 def print_model(console: Console, lines: list[dict]) -> None:
     """A line for each token count: milliseconds, tokens a second, gain and exposed communication."""
-    rows = [[fmt, str(tokens), plan, *(f"{us[c] / 1e3:.3f}" for c in ("unfused", "fused", "floor")),
+    rows = [[fmt, str(tokens), plan, *(f"{us.get(c, math.nan) / 1e3:.3f}" for c in ("unfused", "fused", "floor", "floor:sharded")),
              *(f"{tokens / us[c] * 1e6:.0f}" for c in ("unfused", "fused")), f"{us['unfused'] / us['fused'] - 1:+.1%}",
-             f"{exposed(us):.1%}"] for (fmt, tokens), (us, plan) in stacks(lines).items()]
-    table(console, "ms, tokens/s, gain, exposed communication",
-          ["", "tokens", "plan", "unfused", "fused", "floor", "unfused/s", "fused/s", "gain", "exposed"], rows)
+             f"{exposed(us):.1%}", f"{exposed(us, 'floor:sharded'):.1%}"] for (fmt, tokens), (us, plan) in stacks(lines).items()]
+    table(console, "ms, tokens/s, gain, exposed communication (over the floor, and over the sharded plan's)",
+          ["", "tokens", "plan", "unfused", "fused", "floor", "sharded", "unfused/s", "fused/s", "gain", "exposed", "sharded"],
+          rows)
 
 
 def plot_model(path: Path, lines: list[dict]) -> None:
