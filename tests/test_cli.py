@@ -152,7 +152,7 @@ REFUSED = {
                      "unknown rule 'fuse_everything'; known: .*split_all_reduce"),
     "plan": (None, "run MODEL --plan fastest", "argument --plan: invalid choice: 'fastest'"),
     "no ranks": (None, "run MODEL -tp 0", "argument --tensor-parallel-size/-tp: 0 is not a positive number"),
-    "no command": (None, "", "the following arguments are required: .*run,explain,verify"),
+    "no command": (None, "", "the following arguments are required: .*run,explain,tune,verify"),
     "missing shard": (lose_shard, "run MODEL -tp 2", "model-00002-of-00002.safetensors does not exist but .* names it"),
     "truncated shard": (truncate, "run MODEL -tp 2", "model-00001-of-00002.safetensors is truncated or no safetensors file"),
     "NaN scale": (nan_scale, "run MODEL -tp 2",

@@ -131,7 +131,7 @@ def finish(ctx, folder) -> None:
 
 @pytest.mark.parametrize(("number", "what"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "was stopped")])
 def test_a_rank_that_is_lost_before_the_ranks_met(run, monkeypatch, number, what):
-    def device(local_rank, local_world_size):
+    def device(local_rank, *more):
         if local_rank == 1:
             os.kill(os.getpid(), number)
         return torch.device("cpu")
@@ -457,3 +457,37 @@ def test_the_helper_of_these_tests_has_a_time_limit():
     with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2"):
         run_ranks(lambda r: time.sleep(60 * r), 2, timeout_s=1)
     assert time.monotonic() - start < 4
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that seems to have two CUDA devices; the device that was set."""
+    set_to: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    for name in (*launcher._NO_MULTICAST, "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"):
+        monkeypatch.setenv(name, "before")
+    return set_to
+
+
+@pytest.mark.parametrize(("rank", "ranks", "index", "backend"), [(1, 2, 1, "cpu:gloo,cuda:nccl"), (3, 4, 1, "gloo")])
+def test_ranks_have_a_device_each_or_share(two_gpus, monkeypatch, rank, ranks, index, backend):
+    device = launcher._device(rank, ranks, None)
+    assert two_gpus == [device] == [torch.device("cuda", index)]
+    assert {name: os.environ[name] for name in launcher._NO_MULTICAST} == launcher._NO_MULTICAST
+    assert os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] == ("1" if ranks > 2 else "before")
+    met: list[tuple] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **how: met.append((args, how.get("device_id"))))
+    launcher._init(device, launcher._shared(device, ranks), 1.0)
+    assert met == [((backend,), device if ranks == 2 else None)]
+
+
+def test_the_device_can_be_asked_for(two_gpus, monkeypatch):
+    assert launcher._device(0, 2, "cpu").type == "cpu" and two_gpus == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launcher._device(0, 2, None).type == "cpu"
+    with pytest.raises(InputError, match="none is visible here; leave --device out, or say cpu"):
+        launcher._device(0, 2, "cuda")

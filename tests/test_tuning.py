@@ -2,19 +2,26 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
 from dist import run_ranks
+from rich.console import Console
 
-from fusewire import group, tuning
+from fusewire import group, screen, timing, tuning
+from fusewire.backends import workspace
 from fusewire.compiler.capture import compile
 from fusewire.compiler.explain import explain
 from fusewire.config import GLOO, NVLINK, Config, Link
+from fusewire.engine.explain import explain_model
+from fusewire.engine.tune import random, tune
 from fusewire.errors import InputError, MismatchError
 from fusewire.models import parallelize
 from fusewire.op import Backend, op_of
@@ -228,6 +235,23 @@ def test_a_workspace_that_cannot_be_made_is_said_and_the_reference_runs(g, monke
     assert any(r.startswith(why) and "needs a CUDA device" in r for s in explain(c).sites for r in s.refused)
 
 
+def test_the_workspace_is_opened_once_before_the_first_run(g, monkeypatch):
+    use(monkeypatch, HUNGRY)
+    opened: list[tuple] = []
+
+    def open_(name, nbytes, device):
+        assert ran == [] and torch.arange(3).tolist() == [0, 1, 2], "memory can be allocated here"
+        opened.append((name, nbytes, device.type))
+        group.workspaces[name] = nbytes
+
+    monkeypatch.setattr(workspace, "open", open_)
+    c = compiled(g, Config(plan="sharded", max_tokens=640))
+    with torch.no_grad():
+        for batch in (1, 2):  # two captures
+            c(input_ids=tiny.ids(batch, 12), use_cache=False)
+    assert opened == [(g.name, 64000, "cpu")] and len(c.captures) == 2 and ran == ["hungry"] * 8
+
+
 def test_calls_above_the_workspace_run_otherwise(g, monkeypatch):
     use(monkeypatch, HUNGRY)
     group.workspaces[g.name] = 1000
@@ -320,3 +344,96 @@ def test_rank_0_reads_and_a_difference_is_named(tmp_path):
     assert first == second and first[0] == MEASURED.hash
     assert first[1].startswith("InputError the tuning /none cannot be read")
     assert first[2].startswith("MismatchError tuning: 'hash' is ") and "on rank 0 and" in first[2]
+
+
+# --- measuring
+
+def slow(name: str, seconds: float) -> Backend:
+    def run(*args):
+        time.sleep(seconds)
+
+    return dataclasses.replace(SILENT, name=name, run=run, seconds=None)
+
+
+def test_tune_measures_what_could_run_and_the_file_decides(g, monkeypatch, tmp_path):
+    folder = written_model(tmp_path)
+    use(monkeypatch, slow("sleepy", 0.03), REFUSES)
+    monkeypatch.setattr(OP, "reference", lambda *args: None)
+    monkeypatch.setattr(OP, "_reference", dataclasses.replace(OP._reference, run=lambda *args: time.sleep(0.001)))
+    monkeypatch.setattr(timing, "ROUND_S", 1e-3)
+    said: list[str] = []
+    found = tune(folder, g, "fp8", torch.device("cpu"), (1, 4, 8), said.append)
+    assert (found.gpu, found.world_size, found.loopback) == ("cpu", 2, True)
+    assert len(found.us) == 2 and all(call.startswith("matmul_reduce_scatter x=float8_e4m3fn[*,") for call in found.us)
+    for sizes in found.us.values():
+        assert list(sizes) == [4, 8], "one token does not divide"
+        for us in sizes.values():
+            assert list(us) == ["sleepy", "reference"] and 1e3 < us["reference"] < us["sleepy"] < 1e5
+    assert said == [f"matmul_reduce_scatter, {n} tokens" for n in (4, 8)] * 2
+    monkeypatch.undo()
+    use(monkeypatch, SILENT, SMALL)
+    renamed = {call: {n: {"small": us["reference"], "silent": us["sleepy"]} for n, us in s.items()} for call, s in found.us.items()}
+    file = written(tmp_path, dataclasses.replace(found, us=renamed, loopback=False))
+    report = explain_model(folder, 2, 8, "fp8", Config(plan="sharded", tuning=file), device="cpu")
+    runs = [(s.backends, s.chosen) for s in report.sites if "matmul_reduce_scatter" in s.backend]
+    assert len(runs) == 4 and all("matmul_reduce_scatter.small" in names and any(h.startswith("measured") for h in how)
+                                  for names, how in runs)
+
+
+def written_model(tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(tiny.config("llama").to_json_string(use_diff=False))
+    return folder
+
+
+@pytest.mark.parametrize("call", ["x=float8_e4m3fn", "w=float8_e8m0fnu", "w=uint8", "x=bfloat16", "w=float32"])
+def test_random_args_have_their_shapes_strides_and_no_nan(call):
+    dtype = getattr(torch, call.partition("=")[2])
+    like = torch.empty(6, 4, dtype=dtype).t()
+    made = random(like, int, torch.device("cpu"))
+    assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), dtype)
+    assert made.float().isfinite().all() and made.float().unique().numel() > 1
+
+
+def test_explain_for_a_gpu_needs_none(monkeypatch, tmp_path, g):
+    """Backends are asked about tensors on that device, and the workspace is taken to be there."""
+    def cuda_only(x, *rest):
+        return None if x[0].device.type == "cuda" else f"it runs on CUDA devices, not on {x[0].device.type}"
+
+    use(monkeypatch, dataclasses.replace(HUNGRY, supports=cuda_only))
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: device.type)
+    folder = written_model(tmp_path)
+    on = {device: explain_model(folder, 2, 8, "fp8", Config(plan="sharded"), device=device) for device in ("cuda", "cpu")}
+    there, here = ([s for s in on[d].sites if "matmul_reduce_scatter" in s.backend] for d in ("cuda", "cpu"))
+    assert len(there) == len(here) == 4
+    assert all("matmul_reduce_scatter.hungry" in s.backends for s in there)
+    assert all("matmul_reduce_scatter.reference" in s.backends for s in here)
+    assert {r for s in here for r in s.refused if "hungry" in r} == {
+        "matmul_reduce_scatter.hungry: it runs on CUDA devices, not on cpu"}
+    over = explain_model(folder, 2, 8, "fp8", Config(plan="sharded", max_tokens=4), device="cuda")
+    assert {r for s in over.sites for r in s.refused if "hungry" in r} == {
+        "matmul_reduce_scatter.hungry: it needs 800 bytes of a workspace of 400"}
+    text = shown(on["cuda"])
+    assert "matmul_reduce_scatter.hungry" in text and "the only one" in text, text
+    assert "backend" not in shown(on["cpu"]), "on a CPU there is nothing to tell"
+    assert "not matmul_reduce_scatter.hungry: it needs 800 bytes of a workspace of 400 (4 sites)" in shown(over)
+
+
+def shown(report) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    screen.sites(console, report)
+    return console.export_text()
+
+
+@pytest.mark.dist
+def test_ranks_tune_alike():
+    def program(rank):
+        with tempfile.TemporaryDirectory() as d:
+            OP.backends = [slow("sleepy", 0.01 * (1 + rank))]
+            g = group.resolve(dist.group.WORLD.group_name)
+            found = tune(written_model(Path(d)), g, None, torch.device("cpu"), (4,))
+        return [found.hash, min(us["sleepy"] for sizes in found.us.values() for us in sizes.values())]
+
+    first, second = run_ranks(program, 2)
+    assert first == second and first[1] > 20e3, "the slower rank counts"

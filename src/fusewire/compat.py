@@ -95,18 +95,20 @@ class Shapes:
     """A ShapeEnv and a FakeTensorMode of our own, into which the fake values of a captured graph are carried over.
 
     multiples  captured symbol -> k: here it is k times a new symbol, so that dividing by k is exact
+    device     where tensors are taken to lie that were captured on the meta device; None: there
     symbols    captured symbol -> new symbol (filled as sizes are met)
 
     Whatever is decided on values of these shapes cannot add a guard to the capture.
     """
 
-    def __init__(self, multiples: dict):
+    def __init__(self, multiples: dict, device: torch.device | None = None):
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.multiples = multiples
+        self.device = device
         self.symbols: dict = {}
         self._sizes: dict = {}
         self._tensors: dict = {}
@@ -120,12 +122,13 @@ class Shapes:
         are only looked at."""
         if isinstance(value, torch.Tensor):
             shape, stride = ([expression(i) for i in sizes] for sizes in (value.shape, value.stride()))
-            key = (*shape, None, *stride, value.dtype, value.device)
+            device = self.device if self.device and value.device.type == "meta" else value.device
+            key = (*shape, None, *stride, value.dtype, device)
             if key not in self._tensors:
                 with self.mode:
                     self._tensors[key] = torch.empty_strided([self._size(i) for i in value.shape],
                                                              [self._size(i) for i in value.stride()],
-                                                             dtype=value.dtype, device=value.device)
+                                                             dtype=value.dtype, device=device)
             return self._tensors[key]
         return self._size(value)
 

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from . import compat
+from . import group as groups
 from .errors import FusewireError, InputError
 
 _HEAVY = ("transformers",)  # imported once, before the fork: 1 s a rank, and much more when all ranks import at once
@@ -38,18 +39,24 @@ _SILENCE_S = 1.0  # the same while all that failed did so waiting for another ra
 _GRACE_S = 1.5  # between SIGTERM and SIGKILL
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+# NVLink multicast can take a shared host's GPUs out of service
+_NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
 _LOST = ("/gloo/", "Wait timeout", "failed to pass monitoredBarrier")  # in errors that have no type of their own
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """Who a rank is; phase(text) says what it is doing now ("loading model.layers.3", "idle"), for whoever reports its end."""
+    """Who a rank is; phase(text) says what it is doing now ("loading model.layers.3", "idle"), for whoever reports its end.
+
+    shared  other ranks run on the same CUDA device: their numbers are good, their times are not
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     phase: Callable[[str], object]
+    shared: bool = False
 
 
 @dataclass
@@ -66,7 +73,7 @@ class _Rank:
         return bool(self.report) and self.report["how"] != "done"
 
 
-def launch(main: Callable[..., object], world_size: int, *args: object, timeout_s: float = 600.0) -> int:
+def launch(main: Callable[..., object], world_size: int, *args: object, timeout_s: float = 600.0, device: str | None = None) -> int:
     """Run `main(rank_context, *args)` on `world_size` ranks of this machine; the exit code for the command.
 
     Call it before any computation with torch, and do not ask for CUDA devices before. The ranks' default process group
@@ -74,12 +81,14 @@ def launch(main: Callable[..., object], world_size: int, *args: object, timeout_
     for a rank (or this process) ended by a signal, else 1. Under torchrun nothing is started: main runs here, once.
 
     timeout_s  how long a rank waits in a collective for the others
+    device     "cuda", "cpu", or None: CUDA devices if there are any. Ranks that have one each meet by NCCL, with gloo for
+               tensors on the CPU; if there are fewer, ranks share them and meet by gloo.
     Raises InputError for a world_size below 1; under torchrun also what main raises, if that is not a FusewireError.
     """
     if world_size < 1:
         raise InputError(f"{world_size} ranks cannot be started; ask for 1 or more")
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        return _join_torchrun(main, world_size, args, timeout_s)
+        return _join_torchrun(main, world_size, args, timeout_s, device)
     for module in _HEAVY:
         importlib.import_module(module)
     # Fork is safe here: modules were imported, but nothing was computed, so no OpenMP or autograd thread exists whose
@@ -92,7 +101,7 @@ def launch(main: Callable[..., object], world_size: int, *args: object, timeout_
             for r in range(world_size):
                 status(r, "starting")
                 here, there = ctx.Pipe()
-                process = ctx.Process(target=_rank, args=(main, args, r, world_size, folder, os.getpid(), timeout_s, there))
+                process = ctx.Process(target=_rank, args=(main, args, r, world_size, folder, os.getpid(), timeout_s, there, device))
                 process.start()
                 there.close()
                 ranks.append(_Rank(process, here))
@@ -107,7 +116,7 @@ def launch(main: Callable[..., object], world_size: int, *args: object, timeout_
 
 def _rank(
     main: Callable[..., object], args: tuple, rank: int, world_size: int, folder: Path, launcher: int, timeout_s: float,
-    line: connection.Connection,
+    line: connection.Connection, wanted: str | None,
 ) -> None:
     """The whole life of a rank's process."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -126,9 +135,10 @@ def _rank(
     status = _status(folder, world_size)
     report: dict = {"how": "done"}
     try:
-        device = _device(rank, world_size)
-        _init(device, timeout_s, store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size)
-        main(RankContext(rank, world_size, rank, device, lambda text: status(rank, text)), *args)
+        device = _device(rank, world_size, wanted)
+        shared = _shared(device, world_size)
+        _init(device, shared, timeout_s, store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size)
+        main(RankContext(rank, world_size, rank, device, lambda text: status(rank, text), shared), *args)
     except SystemExit as e:
         if e.code:
             raise
@@ -141,18 +151,20 @@ def _rank(
     # A rank that left now would reset connections that others still use, and hide the first failure behind theirs.
     line.recv_bytes()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        _leave()
 
 
-def _join_torchrun(main: Callable[..., object], world_size: int, args: tuple, timeout_s: float) -> int:
+def _join_torchrun(main: Callable[..., object], world_size: int, args: tuple, timeout_s: float, wanted: str | None) -> int:
     rank, size, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     doing = ["starting"]
     try:
         if size != world_size:
             raise InputError(f"torchrun started {size} ranks where {world_size} were asked for; make the two numbers equal")
-        device = _device(local, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-        _init(device, timeout_s, init_method="env://")
-        main(RankContext(rank, size, local, device, lambda text: doing.__setitem__(0, text)), *args)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        device = _device(local, ranks_here, wanted)
+        shared = _shared(device, ranks_here)
+        _init(device, shared, timeout_s, init_method="env://")
+        main(RankContext(rank, size, local, device, lambda text: doing.__setitem__(0, text), shared), *args)
     except FusewireError as e:
         if _first_to_say(str(e), rank):
             print(f"fusewire: {e}", file=sys.stderr)
@@ -160,8 +172,15 @@ def _join_torchrun(main: Callable[..., object], world_size: int, args: tuple, ti
     except Exception as e:
         e.add_note(f"fusewire: rank {rank} (pid {os.getpid()}) failed while {doing[0]}")
         raise
-    dist.destroy_process_group()
+    _leave()
     return 0
+
+
+def _leave() -> None:
+    """Free what was kept for the ranks, and part."""
+    assert dist.group.WORLD is not None
+    groups.close(groups.of_process_group(dist.group.WORLD))
+    dist.destroy_process_group()
 
 
 def _first_to_say(text: str, rank: int) -> bool:
@@ -174,17 +193,25 @@ def _first_to_say(text: str, rank: int) -> bool:
         return True
 
 
-def _device(local_rank: int, local_world_size: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if (devices := torch.cuda.device_count()) < local_world_size:
-        raise InputError(f"{local_world_size} ranks need a CUDA device each and {devices} are visible; start at most {devices}")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+def _device(local_rank: int, local_world_size: int, wanted: str | None) -> torch.device:
+    os.environ |= _NO_MULTICAST
+    if wanted == "cpu" or not torch.cuda.is_available():
+        if wanted != "cuda":
+            return torch.device("cpu")
+        raise InputError("the ranks were to run on CUDA devices, and none is visible here; leave --device out, or say cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    if _shared(device, local_world_size):
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    return device
 
 
-def _init(device: torch.device, timeout_s: float, **how: Any) -> None:
-    cuda: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+def _shared(device: torch.device, local_world_size: int) -> bool:
+    return device.type == "cuda" and torch.cuda.device_count() < local_world_size
+
+
+def _init(device: torch.device, shared: bool, timeout_s: float, **how: Any) -> None:
+    cuda: dict[str, Any] = {"device_id": device} if device.type == "cuda" and not shared else {}  # NCCL wants a device each
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **cuda, **how)
 

@@ -45,3 +45,12 @@ def projections(shape: Shape, world_size: int) -> dict[str, tuple[str, int, int]
         "gate_up": ("all_gather_matmul", shape.hidden, 2 * mlp),
         "down": ("matmul_reduce_scatter", mlp, shape.hidden),
     }
+
+
+def config(name: str) -> dict[str, object]:
+    """The config.json of a Hugging Face Llama of that shape, with as many layers as `explain` keeps of any."""
+    s = get(name)
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_size": s.hidden,
+            "intermediate_size": s.intermediate, "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads,
+            "head_dim": s.head_dim, "vocab_size": s.vocab, "num_hidden_layers": 3, "max_position_embeddings": 131072,
+            "tie_word_embeddings": False}

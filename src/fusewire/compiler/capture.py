@@ -40,6 +40,7 @@ class Compiled:
     config: Config
     token_dims: dict[str, int]
     capture_only: bool = False  # a call compiles and returns None
+    device: torch.device | None = None  # where a model that is captured on the meta device would run
     plan: str = ""  # the config's; may be changed between calls: all plans come from the same captures
     captures: list[Capture] = field(default_factory=list)
     last: tuple[Capture, int] | None = None  # what ran last: the capture and the token symbol's value
@@ -79,7 +80,7 @@ class Compiled:
 
     def _compile(self, gm: torch.fx.GraphModule, inputs: list) -> Callable:
         start = time.perf_counter()
-        found = capture(gm, inputs, self.config)
+        found = capture(gm, inputs, self.config, self.device)
         found.timings["total"] = time.perf_counter() - start
         self.captures.append(found)
         index = len(self.captures) - 1

@@ -43,14 +43,19 @@ class SiteReport:
     chosen: tuple[str, ...]
     refused: tuple[str, ...]
 
+    @property
+    def backends(self) -> list[str]:
+        return self.backend.split(", ") if self.backend else []
+
 
 @dataclass(frozen=True)
 class Report:
-    """One plan of one captured graph at one token count. `why` says why this plan."""
+    """One plan of one captured graph at one token count. `why` says why this plan, `device` where it runs ("cuda", "cpu")."""
 
     plan: str
     why: str
     tokens: int
+    device: str
     sites: tuple[SiteReport, ...]
     timings: dict[str, float]
 
@@ -107,7 +112,7 @@ def report(found: Capture, size: int, plan: Plan) -> Report:
         sent, messages = after.get(s.index, (0, 0))
         rows.append(replace(row, why=text.sub(row.why), sent_before=before.get(s.index, (0, 0))[0], sent_after=sent,
                             messages=messages))
-    return Report(plan.name, why, found.tokens(size), tuple(rows), found.timings)
+    return Report(plan.name, why, found.tokens(size), found.device.type, tuple(rows), found.timings)
 
 
 class _Numbers:

@@ -171,10 +171,11 @@ class Capture:
         return min(plans.values(), key=lambda p: cost.seconds(*p.sent(size), self.link))
 
 
-def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
-    """Adopt an aten graph and build its plans. `inputs` are the fake values of its placeholders."""
+def capture(gm: fx.GraphModule, inputs: list, config: Config, device: torch.device | None = None) -> Capture:
+    """Adopt an aten graph and build its plans. `inputs` are the fake values of its placeholders; `device` is where a graph that
+    was captured on the meta device would run."""
     timings: dict[str, float] = {}
-    shapes, base = timed(timings, "carry", carry, gm, {})
+    shapes, base = timed(timings, "carry", carry, gm, {}, device)
     guards = len(shapes.guards())
     verdicts = run(base.graph, adopt.rules, timings)
     sites = number_sites(base.graph)
@@ -200,8 +201,10 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
         missing = f"{odd[0]} tokens do not divide over {w} ranks"
     multiple = 1 if symbol is None else w // math.gcd(w, *(cost.at(c, symbol, 1) for c in counts))
 
+    where = device or device_of(inputs)
+    link = config.link or (GLOO if where.type == "cpu" and device is None else NVLINK)
     found = Capture(sites, Plan("unfused", base, verdicts, symbol), [], lambda size: cost.at(count, symbol, size), size_of,
-                    timings, [], config, device := device_of(inputs), config.link or (GLOO if device.type == "cpu" else NVLINK))
+                    timings, [], config, where, link)
     for first, off in ranges(config, None if symbol is not None else int(count)):
         r = Range(first)
         found.ranges.append(r)
@@ -210,7 +213,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config) -> Capture:
         if missing or "split_all_reduce" in off:
             r.missing["sharded"] = missing or f"the rule split_all_reduce is switched off from {first} tokens on"
             continue
-        own, copied = timed(timings, "carry", carry, base, {symbol: multiple})
+        own, copied = timed(timings, "carry", carry, base, {symbol: multiple}, None)
         mine = len(own.guards())
         r.plans["sharded"] = build(Plan("sharded", copied, [], own.symbols.get(symbol), multiple), found, off)
         found.new_guards += own.guards()[mine:]
@@ -226,9 +229,9 @@ def timed(timings: dict[str, float], name: str, f: Callable, *args: Any) -> Any:
     return result
 
 
-def carry(gm: fx.GraphModule, multiples: dict) -> tuple[compat.Shapes, fx.GraphModule]:
+def carry(gm: fx.GraphModule, multiples: dict, device: torch.device | None) -> tuple[compat.Shapes, fx.GraphModule]:
     """A copy of the graph whose fake values are carried over into shapes of their own, see `compat.Shapes`."""
-    shapes = compat.Shapes(multiples)
+    shapes = compat.Shapes(multiples, device)
     new = compat.graph_module(gm, copy.deepcopy(gm.graph))
     for n in new.graph.nodes:
         value = getattr(new, n.target) if n.op == "get_attr" else n.meta.get("val")

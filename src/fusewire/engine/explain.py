@@ -20,19 +20,20 @@ LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 
 def explain_model(path: str | Path, world_size: int, tokens: int, quantization: str | None = None, config: Config | None = None,
-                  all_logits: bool = False, full: bool = False) -> Report:
+                  all_logits: bool = False, full: bool = False, device: str | None = None) -> Report:
     """What `compile` would do to the model of a folder or hub name on `world_size` ranks, for one prompt of `tokens` tokens.
 
     all_logits  the head computes every token's logits, not the last one's alone
     full        capture every layer instead of one of each kind
+    device      "cuda", "cpu", or None: whose backends are shown; CUDA's if there is a CUDA device
 
-    InputError as `load` raises it; only config.json is read.
+    The wire is taken to be NVLink, unless the config says otherwise. InputError as `load` raises it; only config.json is read.
     """
     group = fake_group(world_size)
     try:
         model = skeleton(path, group, quantization, full)
         compiled = compile(model.model, config or Config())
-        _capture(compiled, tokens, all_logits)
+        capture_prompt(compiled, tokens, all_logits, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         found = compiled.captures[-1]
         if (size := found.size_at(tokens)) is None:
             raise FusewireError(f"explain: the captured graph cannot run {tokens} tokens")
@@ -47,8 +48,9 @@ def explain_model(path: str | Path, world_size: int, tokens: int, quantization: 
         close(group)
 
 
-def _capture(compiled: Compiled, tokens: int, all_logits: bool) -> None:
-    compiled.capture_only = True
+def capture_prompt(compiled: Compiled, tokens: int, all_logits: bool, device: torch.device) -> None:
+    """Capture a skeleton's graph for a prompt of `tokens` tokens, as it would run on a device; any other number runs it too."""
+    compiled.capture_only, compiled.device = True, device
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     positions = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     compat.reset_compiler()

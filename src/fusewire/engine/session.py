@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..compiler.capture import Compiled
@@ -27,6 +28,7 @@ class Session:
     model: nn.Module
     tokenizer: Any
     load_s: float
+    device: torch.device
 
     @property
     def vocab(self) -> int:
@@ -40,12 +42,12 @@ class Session:
         return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
     def encode(self, text: str) -> Tensor:
-        """A text as (1, n) token ids, n >= 1."""
+        """A text as (1, n) token ids on the model's device, n >= 1."""
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
         if ids.shape[1] == 0:
             raise InputError("the prompt is empty; give at least one token")
         check_token_ids(ids, self.vocab)
-        return ids
+        return ids.to(self.device)
 
 
 def open_session(model: str, quantization: str | None, context: Any, progress: Callable[[int, int, str], None] | None) -> Session:
@@ -70,7 +72,7 @@ def open_session(model: str, quantization: str | None, context: Any, progress: C
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers and tokenizers raise whatever their parsers do
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({str(e).splitlines()[0]}); add tokenizer.json") from None
-    return Session(loaded, tokenizer, time.perf_counter() - start)
+    return Session(loaded, tokenizer, time.perf_counter() - start, context.device)
 
 
 @dataclass
