@@ -247,9 +247,9 @@ def test_the_workspace_is_opened_once_before_the_first_run(g, monkeypatch):
     monkeypatch.setattr(workspace, "open", open_)
     c = compiled(g, Config(plan="sharded", max_tokens=640))
     with torch.no_grad():
-        for batch in (1, 2):  # two captures
-            c(input_ids=tiny.ids(batch, 12), use_cache=False)
-    assert opened == [(g.name, 64000, "cpu")] and len(c.captures) == 2 and ran == ["hungry"] * 8
+        for tokens in (12, 1):  # two captures
+            c(input_ids=tiny.ids(1, tokens), use_cache=False)
+    assert opened == [(g.name, 64000, "cpu")] and len(c.captures) == 2 and ran == ["hungry"] * 4
 
 
 def test_calls_above_the_workspace_run_otherwise(g, monkeypatch):
