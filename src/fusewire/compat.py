@@ -168,6 +168,18 @@ def reduce_scatter_into(out: torch.Tensor, x: torch.Tensor, group: ProcessGroup)
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, x, group=group)
 
 
+def functional_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The library's own sum over the ranks of a process group, as an op that can be traced."""
+    c10d = torch.ops._c10d_functional
+    return c10d.wait_tensor(c10d.all_reduce(x, "sum", group))
+
+
+def functional_all_gather(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    """x (n, ...) of every rank -> (world_size * n, ...), as an op that can be traced."""
+    c10d = torch.ops._c10d_functional
+    return c10d.wait_tensor(c10d.all_gather_into_tensor(x, world_size, group))
+
+
 def expression(size: object) -> object:
     """A size as a sympy expression, or as the int that it is."""
     return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -56,14 +56,11 @@ def norm_quant_all_gather_matmul(x, residual, weight, eps, offset, cast_first, k
 
 
 def library_all_reduce(x: Tensor, group: str) -> Tensor:
-    c10d = torch.ops._c10d_functional
-    return c10d.wait_tensor(c10d.all_reduce(x, "sum", group))
+    return compat.functional_all_reduce(x, group)
 
 
 def library_all_gather(x: list[Tensor], group: str) -> list[Tensor]:
-    c10d = torch.ops._c10d_functional
-    started = [c10d.all_gather_into_tensor(t.contiguous(), world_size(group), group) for t in x]
-    return [c10d.wait_tensor(s) for s in started]
+    return [compat.functional_all_gather(t.contiguous(), world_size(group), group) for t in x]
 
 
 WITHOUT_WIRE = {f.__name__: f for f in (all_reduce, all_gather, reduce_scatter, all_gather_matmul, matmul_reduce_scatter,

@@ -140,7 +140,8 @@ class Compiled:
 
 
 def _device(n: torch.fx.Node) -> str:
-    return next(t.device.type for t in torch.utils._pytree.tree_leaves(n.meta["val"]))
+    value = n.meta["val"]
+    return (value if isinstance(value, torch.Tensor) else value[0]).device.type
 
 
 def program(plan: Plan) -> str:
