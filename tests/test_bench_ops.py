@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from fusewire import group as groups
-from fusewire.bench import cases, ops, peers, results, shapes
+from fusewire.bench import cases, model, ops, peers, results, shapes
 from fusewire.bench.checks import Check
+from fusewire.errors import InputError
+from fusewire.launch import RankContext
 from fusewire.op import OPS
 
 CPU = torch.device("cpu")
@@ -85,6 +87,13 @@ def test_a_refusal_is_one_sentence(command, sentence):
     done = bench(*command.split())
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"fusewire: {sentence}"), done.stderr
+
+
+@pytest.mark.parametrize("rank", [ops.rank, model.rank])
+def test_ranks_that_share_a_gpu_are_not_timed(rank):
+    context = RankContext(0, 2, 0, torch.device("cuda", 0), print, shared=True)
+    with pytest.raises(InputError, match="2 ranks share cuda:0, so their times mean nothing; give each a GPU, or use --loopback"):
+        rank(context, None)
 
 
 def test_a_missing_matplotlib_is_one_sentence(tmp_path, monkeypatch):

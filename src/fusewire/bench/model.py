@@ -16,7 +16,7 @@ from ..config import Config
 from ..errors import FusewireError, InputError
 from ..models.parallelize import format_name, resolve
 from . import floor, results, shapes
-from .ops import NO_MULTICAST
+from .ops import NO_MULTICAST, refuse_shared
 from .stack import stack
 
 SHARDED_FLOOR = "floor:sharded"  # the sharded plan without its collectives
@@ -49,6 +49,7 @@ def rank(context: Any, args: argparse.Namespace) -> None:
     """All of it on one rank; rank 0 prints and writes. FusewireError if the fused model's logits are not the unfused one's."""
     from rich.console import Console
 
+    refuse_shared(context)
     group = groups.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
     console = Console(width=None if os.isatty(1) else 240, soft_wrap=False, quiet=context.rank != 0, highlight=False)
     about = results.about(context.device) | ({"loopback": True} if args.loopback else {})

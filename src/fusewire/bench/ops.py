@@ -58,6 +58,7 @@ def rank(context: Any, args: argparse.Namespace) -> None:
     """All of it on one rank; rank 0 prints and writes. FusewireError, at the end, if anybody's numbers were wrong."""
     from rich.console import Console
 
+    refuse_shared(context)
     group = groups.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
     console = Console(width=None if os.isatty(1) else 240, soft_wrap=False, quiet=context.rank != 0, highlight=False)
     try:
@@ -89,6 +90,13 @@ def rank(context: Any, args: argparse.Namespace) -> None:
             raise FusewireError(f"wrong numbers, which were not measured: {'; '.join(wrong)}")
     finally:
         groups.close(group)
+
+
+def refuse_shared(context: Any) -> None:
+    """InputError if several ranks run on this rank's device: they would take each other's time."""
+    if context.shared:
+        raise InputError(f"{context.world_size} ranks share {context.device}, so their times mean nothing; give each a GPU, or use "
+                         "--loopback")
 
 
 def open_workspace(found: list[Case], device: torch.device) -> None:
