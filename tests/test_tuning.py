@@ -252,6 +252,24 @@ def test_the_workspace_is_opened_once_before_the_first_run(g, monkeypatch):
     assert opened == [(g.name, 64000, "cpu")] and len(c.captures) == 2 and ran == ["hungry"] * 4
 
 
+@pytest.mark.dist
+def test_if_one_rank_cannot_have_a_workspace_none_has_one():
+    def program(rank):
+        def open_(name, nbytes, device):
+            if rank == 1:
+                raise RuntimeError("no peer access\nand a stack")
+            group.workspaces[name] = nbytes
+
+        workspace.open = open_
+        name = dist.group.WORLD.group_name
+        workspace.try_open(name, 1000, torch.device("cpu"))
+        return group.workspaces[name]
+
+    theirs, own = run_ranks(program, 2)
+    assert theirs == "no workspace: opening it: 'why not' is \"\" on rank 0 and \"no peer access\" on rank 1"
+    assert own == "no workspace: no peer access"
+
+
 def test_calls_above_the_workspace_run_otherwise(g, monkeypatch):
     use(monkeypatch, HUNGRY)
     group.workspaces[g.name] = 1000

@@ -94,8 +94,8 @@ def read(path: str | Path) -> Tuning:
 
 
 def gpu_name(device: torch.device) -> str:
-    """By what a tuning names the machine: the CUDA device's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """By what a tuning names the machine: the CUDA device's name, or "cpu"; "cuda" where there is no such device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
 
 
 def asked_for(path: str | None) -> str | None:

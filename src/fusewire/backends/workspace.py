@@ -175,9 +175,9 @@ def try_open(group: str, nbytes: int, device: torch.device) -> None:
     except (FusewireError, RuntimeError) as e:  # torch's, of symmetric memory
         why = str(e).splitlines()[0]
     try:  # a rank that failed between the meetings of `open` is waited for there first
-        consensus.agree(groups.resolve(group), "workspace made", {"made": not why}, timeout_s=150.0)
+        consensus.agree(groups.resolve(group), "opening it", {"why not": why}, timeout_s=150.0)
     except MismatchError as e:
-        why = why or str(e)
+        why = why or str(e).partition(";")[0]
     if why:
         close(group)
         groups.workspaces[group] = f"no workspace: {why}"

@@ -18,7 +18,7 @@ from .. import compat, tuning
 from ..config import Config
 from ..consensus import agree, library_facts
 from ..errors import FusewireError, InputError
-from ..group import resolve
+from ..group import resolve, workspaces
 from ..op import op_of
 from .lower import open_workspace
 from .passes import check_rules
@@ -118,7 +118,11 @@ class Compiled:
         self.last = found, size
         self.used[index, size, self.plan] += 1
         if plan.call is None:
-            plan.call = self._code(plan, found.size_of)
+            code = self._code(plan, found.size_of)
+            for name in sorted({op_of(n).group(*n.args) for n in plan.calls()} & workspaces.keys()):
+                # kernels that wait for a rank which is still compiling would give up
+                agree(resolve(name), "code is compiled", {}, timeout_s=1800.0)
+            plan.call = code
         return plan.call(inputs)
 
     def _code(self, plan: Plan, size_of: Callable[[list], int]) -> Callable[[list], Any]:
