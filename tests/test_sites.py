@@ -17,7 +17,7 @@ from fusewire.compiler.plan import Capture
 from fusewire.compiler.rewrite import arg
 from fusewire.config import Bounds, Config
 from fusewire.errors import StrictError
-from fusewire.group import close, fake_group
+from fusewire.group import close, fake_group, loopback_group
 from fusewire.op import op_of
 from fusewire.ops.collectives import all_reduce
 from fusewire.ops.dense import matmul, quantize
@@ -252,3 +252,22 @@ def test_64_decoded_tokens_take_three_captures_at_most():
     for found in run_ranks(decoded, 2):
         assert found["unfused"].shape == (1, 64) and torch.equal(found["unfused"], found["sharded"])
         assert found["unfused captures"] == found["sharded captures"] <= 3
+
+
+def test_batch_and_length_may_both_vary():
+    torch._dynamo.reset()
+    g = loopback_group(2)
+    compiled = fusewire.compile(fusewire.parallelize(tiny.model("llama"), g))
+    for batch, length in ((1, 12), (2, 10), (3, 7)):  # the second time torch lets the batch vary too
+        want, got = [], []
+        for plan, out in (("unfused", want), ("auto", got)):
+            compiled.plan = plan
+            out.append(compiled(input_ids=tiny.ids(batch, length), use_cache=False).logits)
+        assert torch.equal(want[0], got[0]) and got[0].shape[:2] == (batch, length)
+        shown = fusewire.explain(compiled)
+        assert shown.tokens == batch * length
+        assert shown.plan == "replicated" or batch == 1
+        sent = [s.sent_before for s in shown.sites if s.module == "model.layers.0.mlp.down_proj"]
+        assert sent == [batch * length * 64 * 4], "a ring of two ranks sends each element once"
+    assert "the token count depends on 2 sizes that vary" in shown.why
+    close(g)

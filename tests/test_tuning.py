@@ -25,6 +25,8 @@ from fusewire.engine.tune import random, tune
 from fusewire.errors import InputError, MismatchError
 from fusewire.models import parallelize
 from fusewire.op import Backend, op_of
+from fusewire.ops.collectives import reduce_scatter
+from fusewire.ops.dense import matmul
 from fusewire.ops.fused import matmul_reduce_scatter as OP
 from fusewire.tuning import Tuning
 
@@ -212,6 +214,21 @@ def tuning_of(c, sizes) -> Tuning:
     plan = c.captures[-1].ranges[0].plans["sharded"]
     calls = {OP.call(*val(n.args), at=plan.at(4))[0] for n in plan.gm.graph.nodes if op_of(n) is OP}
     return table({call: sizes for call in calls}, loopback=True)
+
+
+def test_code_by_inductor_leaves_the_choice_open_too(g, monkeypatch):
+    use(monkeypatch, SMALL, LARGE)
+    torch._dynamo.reset()
+    w = torch.randn(8, 16)
+
+    def f(x):
+        return reduce_scatter(matmul([x], [], [w], None, "bf16", torch.float32), g.name) * 2
+
+    c = compile(f, Config(plan="sharded", codegen="inductor", link=Link(1e-3, 1e7)), {"x": 0})
+    for tokens in (4, 64, 4):
+        x = torch.randn(tokens, 16)
+        torch.testing.assert_close(c(x), f(x))
+    assert ran == ["small", "large", "small"] and len(c.captures) == 1
 
 
 def test_a_graph_names_the_backend_where_there_is_nothing_to_choose(g, monkeypatch):

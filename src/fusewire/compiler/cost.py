@@ -32,6 +32,10 @@ def seconds(sent: int, messages: int, link: Link) -> float:
 
 
 def at(size: Any, symbol: Any, value: int) -> int:
-    """A size that is an int, or symbolic in `symbol`, where that symbol is `value`."""
+    """A size that is an int, or symbolic in `symbol`, where that symbol is `value`, and any other is 1: of several that vary
+    the one stands for their product."""
     size = compat.expression(size)
-    return int(size.subs(symbol, value)) if hasattr(size, "subs") and symbol is not None else int(size)
+    if symbol is None or not hasattr(size, "subs"):
+        return int(size)
+    size = size.subs(symbol, value)
+    return int(size.subs(dict.fromkeys(size.free_symbols, 1)))

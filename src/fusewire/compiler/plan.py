@@ -190,7 +190,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config, device: torch.devi
     count = max(counts, key=str)
     symbols = {s for c in counts for s in getattr(c, "free_symbols", ())}
     symbol = min(symbols, key=str, default=None)
-    size_of = reader(inputs, next((old for old, new in shapes.symbols.items() if new == symbol), None))
+    readers = [reader(inputs, old) for old, new in shapes.symbols.items() if new in symbols]
     w = math.lcm(*(world_size(n.args[1]) for n in reduced))
     missing = ""
     if not reduced:
@@ -203,7 +203,8 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config, device: torch.devi
 
     where = device or device_of(inputs)
     link = config.link or (GLOO if where.type == "cpu" and device is None else NVLINK)
-    found = Capture(sites, Plan("unfused", base, verdicts, symbol), [], lambda size: cost.at(count, symbol, size), size_of,
+    found = Capture(sites, Plan("unfused", base, verdicts, symbol), [], lambda size: cost.at(count, symbol, size),
+                    lambda args: math.prod(read(args) for read in readers),
                     timings, [], config, where, link)
     for first, off in ranges(config, None if symbol is not None else int(count)):
         r = Range(first)
@@ -265,8 +266,6 @@ def device_of(inputs: list) -> torch.device:
 
 def reader(inputs: list, symbol: Any) -> Callable[[list], int]:
     """How to read a symbol's value off the real inputs."""
-    if symbol is None:
-        return lambda args: 1
     for i, v in enumerate(inputs):
         if isinstance(v, torch.SymInt) and v.node.expr == symbol:
             return lambda args, i=i: args[i]
