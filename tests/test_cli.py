@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import export
 
+from fusewire.tuning import Tuning
+
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 FUSEWIRE = [sys.executable, "-m", "fusewire.cli"]
 PROMPT = "w5 w6 w7 w8 w9"
@@ -93,6 +95,13 @@ def test_verify_prints_json(saved, tmp_path):
         assert v["logits"] == 29 * tiny.VOCAB and v["perplexity"] == v["perplexity_unfused"] > 1
 
 
+def test_tune_says_that_there_is_nothing_to_choose_on_a_cpu(saved, tmp_path):
+    done = fusewire("tune", saved, "-tp", 2, "-q", "fp8", "--device", "cpu", "-o", tmp_path / "tuning.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "nothing to choose on cpu: every op has one backend here, its reference; no file was written\n"
+    assert not (tmp_path / "tuning.json").exists()
+
+
 def test_strict_exits_3(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "m")
     quantized = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["model.layers.1.self_attn.v_proj"]}
@@ -142,6 +151,11 @@ def more_words(folder: Path) -> None:
 
 
 # name -> (what is done to the model, the command, what the sentence says); MODEL in a command is the model's folder
+def other_tuning(folder: Path) -> None:
+    found = Tuning("NVIDIA H200", 4, False, "2.11.0", "2026-01-02", {"call": {1: {"a": 1.0}}})
+    (folder / "tuning.json").write_text(found.text())
+
+
 REFUSED = {
     "unknown quantization": (None, "run MODEL -tp 2 -q int3", "unknown quantization 'int3'; choose one of fp8, "),
     "not a folder": (None, "run MODEL/absent", "absent is not a folder; give one that save_pretrained wrote"),
@@ -167,6 +181,14 @@ REFUSED = {
                     "1 prompt tokens and 64 new ones do not fit the model's 64 positions"),
     "binary text": (None, "verify MODEL --text MODEL/model-00001-of-00002.safetensors",
                     "cannot be read as text .* give a UTF-8 text file"),
+    "no tuning": (None, "run MODEL -tp 2 --tuning MODEL/none.json", r"the tuning .*none.json cannot be read \(No such file"),
+    "no such tuning": (None, "explain MODEL -tp 2 --tuning MODEL/config.json",
+                       "the tuning .*config.json is not a file that `fusewire tune` wrote .* run `fusewire tune` again"),
+    "tuning of more ranks": (other_tuning, "run MODEL -tp 2 --tuning MODEL/tuning.json",
+                             "tuning.json was measured on 4 ranks, not on 2; run `fusewire tune -tp 2`"),
+    "tune what": (None, "tune MODEL --shape tiny", "give a MODEL .*, --demo or --shape, one of the three"),
+    "tune to nowhere": (None, "tune MODEL -o MODEL/none/tuning.json", "none is not a folder, so no tuning can be written there"),
+    "no device": (None, "run MODEL -tp 2 --device cuda", "none is visible here; leave --device out, or say cpu"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "run MODEL",
                      "its tokenizer cannot be loaded .* add tokenizer.json"),
 }
