@@ -20,10 +20,11 @@ from fusewire import formats
 from fusewire.backends import aten as aten_backend
 from fusewire.compiler.adopt import _spellings, adopt, from_alpha, insert, matrix, scalar, transposed
 from fusewire.compiler.capture import Compiled, compile
-from fusewire.compiler.rewrite import val
+from fusewire.compiler.rewrite import arg, val
 from fusewire.config import Config
 from fusewire.op import op_of
 from fusewire.ops.dense import matmul, quantize
+from fusewire.ops.fused import all_gather_matmul, norm_quant_all_gather_matmul
 from fusewire.ops.norm import add_rms_norm, rms_norm
 
 H, MID, VOCAB = 32, 64, 24
@@ -59,11 +60,13 @@ def as_uncompiled(c: Compiled, *args, tolerance: float = 1e-5) -> None:
 
 
 def count(c: Compiled, plan: str) -> Counter:
-    """How often each op is called by a plan of the newest graph."""
+    """How often each op is called by a plan of the newest graph; "gathers" are those fused with matmuls, and maybe with a norm."""
     found = c.captures[-1]
     graph = (found.unfused if plan == "unfused" else found.ranges[0].plans[plan]).gm.graph
-    return Counter(o.name if (o := op_of(n)) else getattr(n.target, "_opname", str(n.target))
-                   for n in graph.nodes if n.op == "call_function")
+    calls = Counter(o.name if (o := op_of(n)) else getattr(n.target, "_opname", str(n.target))
+                    for n in graph.nodes if n.op == "call_function")
+    calls["gathers"] = calls["all_gather_matmul"] + calls["norm_quant_all_gather_matmul"]
+    return calls
 
 
 def foreign(c: Compiled) -> list[str]:
@@ -79,7 +82,7 @@ def assert_fused(c: Compiled, layers: int) -> None:
     small, large = count(c, "replicated"), count(c, "sharded")
     assert small["all_reduce"] == 0 and small["all_reduce_norm_quant"] == 2 * layers + 1, small
     assert large["all_reduce"] == 0 and large["matmul_reduce_scatter"] == 2 * layers, large
-    assert large["all_gather_matmul"] == 2 * layers and large["all_gather"] == large["reduce_scatter"] == 1, large
+    assert large["gathers"] == 2 * layers and large["all_gather"] == large["reduce_scatter"] == 1, large
 
 
 # --- models written by hand
@@ -205,7 +208,7 @@ def _given_embeddings(model):
     assert all(torch.equal(y, other) for other in everyone) and len(y.flatten(0, 1).unique(dim=0)) == 24
     assert len(c.captures) == 1 and c.captures[0].new_guards == [] and not foreign(c)
     # the residual stays cut from the first layer on; what leaves the model is gathered
-    assert count(c, "sharded")["all_gather_matmul"] == 2 * len(model.layers) - 1, count(c, "sharded")
+    assert count(c, "sharded")["gathers"] == 2 * len(model.layers) - 1, count(c, "sharded")
 
 
 CASES = [(Llama, 1e-6, torch.float32, False, False), (Gemma, 1e-5, torch.bfloat16, True, True),
@@ -233,7 +236,7 @@ def _sequence_parallel(rank):
             torch.testing.assert_close(same_by_every_plan(c, x), model.body(x))
         assert not foreign(c)
         if dim == 0:
-            assert count(c, "sharded")["all_gather_matmul"] == count(c, "sharded")["matmul_reduce_scatter"] == 2
+            assert count(c, "sharded")["gathers"] == count(c, "sharded")["matmul_reduce_scatter"] == 2
         # q, k, v and gate, up each gathered their input: one gather is left of three, and of two
         assert count(c, "unfused")["all_gather"] == count(c, "unfused")["reduce_scatter"] == 2
 
@@ -288,7 +291,7 @@ def _collectives(rank):
         assert len(c.captures) == 1 and c.captures[0].new_guards == [] and not foreign(c)
         assert count(c, "unfused")["copy"] == 0
         assert count(c, "replicated")["all_reduce_norm_quant"] == 2 and count(c, "replicated")["all_reduce"] == 0
-        assert count(c, "sharded")["matmul_reduce_scatter"] == count(c, "sharded")["all_gather_matmul"] == 1
+        assert count(c, "sharded")["matmul_reduce_scatter"] == count(c, "sharded")["gathers"] == 1
     torch._dynamo.reset()
     c = compile(lambda x: funcol.all_gather_tensor(x, 0, dist.group.WORLD) * 2, Config(), {"x": 0})
     x = torch.randn(6, 4)
@@ -411,8 +414,17 @@ def rows_work() -> bool:
 def travels(c: Compiled) -> list[tuple[str, list[str]]]:
     """(format, dtypes of the parts) of every fused gather of the sharded plan, in order."""
     graph = c.captures[-1].ranges[0].plans["sharded"].gm.graph
-    fused = [n for n in graph.nodes if (o := op_of(n)) and o.name == "all_gather_matmul"]
-    return [(n.args[4], [str(p.meta["val"].dtype).removeprefix("torch.") for p in n.args[0]]) for n in fused]
+    found = []
+    for n in graph.nodes:
+        if op_of(n) is all_gather_matmul:
+            parts = val(arg(n, "x"))
+        elif op_of(n) is norm_quant_all_gather_matmul:
+            x, fmt = val(arg(n, "x")), arg(n, "fmt").partition(":")[0]
+            parts = [x] if fmt == "bf16" else quantize.fake(x, [], fmt)
+        else:
+            continue
+        found.append((arg(n, "fmt"), [str(p.dtype).removeprefix("torch.") for p in parts]))
+    return found
 
 
 class Wide(Fp8):
@@ -678,7 +690,7 @@ def _hugging_face(rank, folder):
         assert small["all_reduce"] == 0 and small["all_reduce_norm_quant"] >= 4 and small["all_gather"] == 1, "the logits"
         assert large["all_reduce"] == 0 and large["matmul_reduce_scatter"] == 4
         if large["reduce_scatter"]:  # the embedding's: since transformers 5.23 it is parallel too
-            assert large["all_gather_matmul"] >= 4 and not embeds  # and the lm_head of a decode
+            assert large["gathers"] >= 4 and not embeds  # and the lm_head of a decode
 
 
 @pytest.mark.dist

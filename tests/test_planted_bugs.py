@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from fusewire import group
 from fusewire import op as op_module
 from fusewire.compiler import adopt, capture, cost, lower, plan, rewrite, tokens
-from fusewire.compiler.passes import PLANS, all_reduce_norm, async_tp, sequence_parallel
+from fusewire.compiler.passes import PLANS, all_reduce_norm, async_tp, boundary, sequence_parallel
 from fusewire.compiler.rewrite import Rule
 from fusewire.config import Bounds, Config
 from fusewire.group import Group
@@ -95,8 +95,8 @@ def rule_is(old: Rule, new: Rule) -> Iterator[None]:
             rules[rules.index(new)] = old
 
 
-MODULES = (adopt, capture, cost, lower, plan, rewrite, tokens, all_reduce_norm, async_tp, sequence_parallel, collectives, dense,
-           fused, test_random_graphs)
+MODULES = (adopt, capture, cost, lower, plan, rewrite, tokens, all_reduce_norm, async_tp, boundary, sequence_parallel, collectives,
+           dense, fused, test_random_graphs)
 
 
 BYTE_GATE = ("if not compat.known_true(freed >= nbytes(here)):", "if False:")
@@ -263,6 +263,9 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "offset dropped": (fused, "all_reduce_norm_quant", ("eps, offset, cast_first)\n", "eps, 0.0, cast_first)\n")),
     "cast_first ignored": (fused, "all_reduce_norm_quant", ("offset, cast_first)\n", "offset, False)\n")),
     "the norm in place of the sum": (fused, "all_reduce_norm_quant", ("[total, *([y]", "[y, *([total]")),
+    "boundary: the residual lost": (fused, "norm_quant_all_gather_matmul", ("add_rms_norm(x, residual,", "add_rms_norm(x, x,")),
+    "boundary: the norm in place of the sum": (fused, "norm_quant_all_gather_matmul", ("total = [new]", "total = [y.clone()]")),
+    "boundary: a kept norm left out": (fused, "norm_quant_all_gather_matmul", ("[y] if keep_norm else []", "[]")),
     # rules
     "outputs of add_rms_norm swapped": (
         sequence_parallel, "sink_all_gather", ("replace(old, full[i])", "replace(old, full[len(full) - 1 - i])")),
@@ -296,6 +299,11 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "the sum added to itself": (all_reduce_norm, "fuse_all_reduce_norm_quant", ("residual = b if a is ar else a", "residual = a")),
     "results of two matmuls swapped": (async_tp, "fuse_all_gather_matmul", ("zip(readers, ys,", "zip(readers, reversed(ys),")),
     "matmuls of two dtypes in one": (async_tp, "fuse_all_gather_matmul", ("if len(kinds) > 1", "if False")),
+    "rows quantized for the gather lost to others": (
+        boundary, "fuse_norm_quant_all_gather_matmul", ("keep_norm = len(normed.users) > 1", "keep_norm = False")),
+    "the residual of a boundary is its norm's": (
+        boundary, "fuse_norm_quant_all_gather_matmul", ("outputs(norm).get(1)", "outputs(norm).get(0)")),
+    "a sum taken for a norm": (boundary, "fuse_norm_quant_all_gather_matmul", ("and normed.args[1] != 0", "and False")),
     "operands are not moved up": (rewrite, "hoist", ("before.prepend(m)", "pass")),
     "an operand moved above what it is made of": (rewrite, "hoist", (" or before in chain", "")),
     "casts to two dtypes merged": (rewrite, "merge_equal_calls", ("_hashable(n.kwargs)", "()")),

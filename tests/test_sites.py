@@ -21,7 +21,7 @@ from fusewire.group import close, fake_group, loopback_group
 from fusewire.op import op_of
 from fusewire.ops.collectives import all_reduce
 from fusewire.ops.dense import matmul, quantize
-from fusewire.ops.fused import all_gather_matmul, all_reduce_norm_quant
+from fusewire.ops.fused import all_reduce_norm_quant, norm_quant_all_gather_matmul
 from fusewire.ops.norm import rms_norm
 
 torch.set_num_threads(1)
@@ -118,11 +118,12 @@ def test_static_scales_are_given_so_quantizing_folds_into_the_all_reduce(group, 
     nodes = {name: list(p.gm.graph.nodes) for name, p in found.ranges[0].plans.items()}
     folded = [n for n in nodes["replicated"] if op_of(n) is all_reduce_norm_quant]
     assert [arg(n, "fmt") for n in folded] == [fmt] * 4 + ["bf16"] and not any(arg(n, "keep_norm") for n in folded[:4])
-    gathers = [n for n in nodes["sharded"] if op_of(n) is all_gather_matmul]
+    gathers = [n for n in nodes["sharded"] if op_of(n) is norm_quant_all_gather_matmul]
     assert [len(arg(n, "biases")) for n in gathers] == [3, 2] * 2  # q, k and v; gate and up
-    assert [n.meta["val"][0].shape[1] for n in gathers] == [128, 256] * 2
+    assert [n.meta["val"][-len(arg(n, "biases"))].shape[1] for n in gathers] == [128, 256] * 2
+    assert [arg(n, "residual") is None for n in gathers] == [True] + [False] * 3 and not any(arg(n, "keep_norm") for n in gathers)
     quantized = [n for n in nodes["sharded"] if op_of(n) is quantize]
-    assert len(quantized) == 8  # one for what each gather carries, one for o_proj, one for down_proj
+    assert len(quantized) == 4  # o_proj's and down_proj's: what the gathers carry is quantized where it is normalized
     assert sharded.messages == 2 * 5 + 1  # a scale that is given needs no message
 
 
