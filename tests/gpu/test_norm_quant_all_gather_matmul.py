@@ -1,0 +1,207 @@
+"""The boundary of the sharded plan with 2, 4 and 8 ranks that share one GPU: numbers, graphs, and mixed with other exchanges."""
+from __future__ import annotations
+
+import functools
+import os
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import dist as ranks
+import pytest
+import torch
+import torch.distributed as dist
+from test_all_reduce_norm_quant import FORMATS, VARIANTS, connect, digest, norm_problems, params_of, rows, same
+
+from fusewire import formats, group
+from fusewire.backends import workspace
+from fusewire.ops.dense import quantize
+from fusewire.ops.fused import all_reduce_norm_quant, norm_quant_all_gather_matmul
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
+
+HIDDEN = (64, 576, 5120, 7168, 8192, 16384)
+TOKENS = (0, 1, 3, 127, 128, 129, 640)  # of one rank
+
+
+def pushed(x, residual, weight, variant, params, fmt, name, gather=True, wait=True):
+    from fusewire.backends.triton.norm_quant_all_gather_matmul import push
+
+    _, offset, cast_first, _, eps = variant
+    return push(x, residual, weight, eps, offset, cast_first, True, params, fmt, name, gather, wait)
+
+
+def gathered(*args):
+    return pushed(*args).parts
+
+
+def arguments(rank: int, tokens: int, hidden: int, variant: tuple, special: bool) -> tuple:
+    has_residual, _, _, dtype, _ = variant
+    x = rows(tokens, hidden, rank, special=special)
+    weight = (torch.rand(hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(hidden)) + 0.5).to(dtype)
+    return x, rows(tokens, hidden, rank, "residual") if has_residual else None, weight
+
+
+def problems(p, rank: int, world: int, tokens: int, hidden: int, variant: tuple, special: bool, params: list, fmt: str,
+             everyone: list) -> list[str]:
+    """What is wrong with what `push` made; `everyone` is the norm of each rank."""
+    x, residual, weight = arguments(rank, tokens, hidden, variant, special)
+    _, offset, cast_first, _, eps = variant
+    total = x if residual is None else residual + x
+    wrong = [] if p.total is None or same(p.total, total) else ["the sum differs"]
+    wrong += norm_problems(p.norm, total, weight, eps, offset, cast_first)
+    whole = torch.cat(everyone)
+    want = [whole] if fmt == "bf16" else formats.get(fmt).quantize(whole, params)
+    return wrong + [f"part {i} differs" for i, (a, b) in enumerate(zip(p.parts, want, strict=True)) if not same(a, b)]
+
+
+def numbers(rank: int, world: int, fmt: str) -> tuple[list[str], str]:
+    name, seen, seal = connect(), [], ""
+    for i, (hidden, tokens) in enumerate((h, t) for h in HIDDEN for t in TOKENS):
+        if world == 8 and i % 3:
+            continue
+        variant, special, params = VARIANTS[i % len(VARIANTS)], i % 2 == 1, params_of(fmt)
+        args = (*arguments(rank, tokens, hidden, variant, special), variant, params, fmt, name)
+        p = pushed(*args)
+        everyone = [torch.empty_like(p.norm, device="cpu") for _ in range(world)]
+        dist.all_gather(everyone, p.norm.cpu())
+        check = functools.partial(problems, rank=rank, world=world, tokens=tokens, hidden=hidden, variant=variant, special=special,
+                                  params=params, fmt=fmt, everyone=[e.cuda() for e in everyone])
+        bad = check(p)
+        if tokens in (3, 640):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                captured = pushed(*args)
+            for _ in range(3):
+                for t in (captured.norm, *captured.parts):
+                    t.view(torch.uint8).fill_(0xA5)
+                graph.replay()
+                bad += [f"replayed: {b}" for b in check(captured)]
+        seen += [f"hidden {hidden}, tokens {tokens}, {variant}, special {special}: {b}" for b in bad]
+        seal = digest([torch.tensor([int(seal or "0", 16) % 2**62]), *[t.cpu() for t in p.parts]])
+    return seen, seal
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("world", (2, 4, 8))
+def test_numbers(world, fmt):
+    results = ranks.run_ranks(numbers, world, world, fmt, timeout_s=300)
+    assert [r[0] for r in results] == [[]] * world
+    assert len({r[1] for r in results}) == 1, "the ranks gathered different parts"
+
+
+def unguarded(rank: int, wait: bool) -> bool:
+    """Has rank 0, whose peer comes late, that peer's rows?"""
+    name, variant = connect(), VARIANTS[0]
+    first, second = (arguments(rank, 300, 576, variant, special) for special in (True, False))
+    for _ in range(2):  # both halves
+        pushed(*first, variant, params_of("fp8_token"), "fp8_token", name)
+    torch.cuda.synchronize()
+    if rank == 1:
+        dist.barrier()
+    p = pushed(*second, variant, [], "fp8_token", name, wait=wait)
+    if rank == 0:
+        if not wait:
+            torch.cuda.synchronize()
+        dist.barrier()
+    torch.cuda.synchronize()
+    everyone = [torch.empty_like(p.norm, device="cpu") for _ in range(2)]
+    dist.all_gather(everyone, p.norm.cpu())
+    return same(p.parts[0], formats.get("fp8_token").quantize(torch.cat(everyone).cuda(), [])[0])
+
+
+def test_the_wait_is_needed():
+    assert ranks.run_ranks(unguarded, 2, True) == [True, True]
+    assert ranks.run_ranks(unguarded, 2, False)[0] is False
+
+
+def skewed(rank: int, world: int, turns: int) -> str:
+    """Exchanges of every kind by turns, eager and replayed, ranks delayed at random: the hash of all that came out."""
+    name = connect()
+    runs = []
+    for i, (tokens, hidden) in enumerate(((1, 8192), (5, 576), (128, 1024), (300, 1024), (9, 7168), (140, 2048))):
+        fmt, variant = FORMATS[i], VARIANTS[i % len(VARIANTS)]
+        x, residual, weight = arguments(rank, tokens, hidden, variant, True)
+        same_residual = None if residual is None else rows(tokens, hidden, "residual")
+        _, offset, cast_first, _, eps = variant
+        args = (weight, eps, offset, cast_first, params_of(fmt), fmt, True, name)
+        ops = all_reduce_norm_quant.target.overloadpacket
+        for call in (functools.partial(ops.one_shot, x, same_residual, *args),
+                     functools.partial(ops.two_shot, x, same_residual, *args),
+                     functools.partial(gathered, x, residual, weight, variant, args[4], fmt, name)):
+            want = [t.view(torch.uint8).clone() for t in call()]
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                captured = call()
+            runs.append((call, want, graph, captured))
+    shared, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(rank + 2)
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    for i, turn in enumerate(torch.randint(len(runs), (turns,), generator=shared).tolist()):
+        call, want, graph, out = runs[turn]
+        if int(torch.randint(4, (), generator=own)) == 0:
+            torch.cuda._sleep(int(torch.randint(300_000, (), generator=own)))
+        if i % 2:
+            graph.replay()
+        else:
+            out = call()
+        for got, expected in zip(out, want, strict=True):
+            bad += (got.view(torch.uint8) != expected).any()
+    assert int(bad) == 0, f"{int(bad)} outputs differ from the first"
+    return digest([w for _, want, _, _ in runs for w in want])
+
+
+def test_ranks_out_of_step():
+    assert len(set(ranks.run_ranks(skewed, 2, 2, 300, timeout_s=400))) == 1
+
+
+def test_ten_thousand_exchanges_in_loopback():
+    """Kinds, sizes and formats by turns, eager and replayed: always the same bits."""
+    g = group.loopback_group(2)
+    workspace.open(g.name, 64 << 20)
+    runs, bad = [], torch.zeros((), dtype=torch.int64, device="cuda")
+    for i, tokens in enumerate((1, 5, 128, 300, 9, 700)):
+        x, residual = rows(tokens, 1024, i, special=True), rows(tokens, 1024, i, "residual")
+        args = (torch.ones(1024, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]), FORMATS[i], True, g.name)
+        ops, variant = all_reduce_norm_quant.target.overloadpacket, (True, 0.0, False, torch.float32, 1e-6)
+        for call in (functools.partial(ops.one_shot, x, residual, *args), functools.partial(ops.two_shot, x, residual, *args),
+                     functools.partial(gathered, x, residual, args[0], variant, *args[4:6], g.name)):
+            want = [t.view(torch.uint8).clone() for t in call()]
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = call()
+            runs.append((call, want, graph, captured))
+    before = workspace.of(g.name).epoch()
+    turns = torch.randint(len(runs), (10_000,), generator=torch.Generator().manual_seed(1)).tolist()
+    for i, turn in enumerate(turns):
+        call, want, graph, out = runs[turn]
+        if i % 2:
+            graph.replay()
+        else:
+            out = call()
+        for got, expected in zip(out, want, strict=True):
+            bad += (got.view(torch.uint8) != expected).any()
+    assert int(bad) == 0
+    assert workspace.of(g.name).epoch() == before + len(turns)
+    group.close(g)
+
+
+def test_the_op_is_its_reference():
+    """With the matmuls behind it, in loopback."""
+    g = group.loopback_group(2)
+    workspace.open(g.name, 64 << 20)
+    for fmt in ("bf16", "fp8_tensor", "nvfp4:128x4"):
+        f = formats.get(fmt)
+        x, residual = rows(130, 512, fmt), rows(130, 512, "residual")
+        ws = [*f.quantize_weight(rows(256, 512, "w") / 100), *f.quantize_weight(rows(64, 512, "v") / 100)]
+        args = (x, residual, torch.ones(512, device="cuda"), 1e-6, 0.0, False, True, params_of(fmt), ws, [None, None], fmt,
+                torch.bfloat16, g.name)
+        ops = norm_quant_all_gather_matmul.target.overloadpacket
+        got, want = ops.pushed(*args), ops.reference(*args)
+        assert same(got[0], want[0]) and not norm_problems(got[1], want[0], args[2], 1e-6, 0.0, False)
+        parts = [got[1]] if fmt == "bf16" else quantize(got[1].repeat(2, 1), args[7], fmt)
+        assert [y.shape for y in got[2:]] == [(260, 256), (260, 64)] and len(parts) == len(f.parts)
+        for y, z in zip(got[2:], want[2:], strict=True):
+            torch.testing.assert_close(y.float(), z.float(), rtol=0.05, atol=0.05 * float(z.float().abs().max()))
+    group.close(g)
