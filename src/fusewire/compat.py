@@ -18,11 +18,11 @@ def process_group_store(pg: ProcessGroup) -> torch.distributed.Store:
     return _get_process_group_store(pg)
 
 
-def symmetric_memory(nbytes: int, group: str, device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """uint8 (nbytes,) that every rank of a process group can write to, and its address on each rank as seen from here.
+def symmetric_memory(nbytes: int, group: str, device: torch.device) -> list[torch.Tensor]:
+    """uint8 (nbytes,) on every rank of a process group, as seen from here; a kernel or a copy of any rank may write to each.
 
-    A collective. Freed with the tensor, which must therefore outlive every kernel of every rank that uses it. NVLink multicast
-    is never used: on a shared host it can take GPUs out of service.
+    A collective. Freed with this rank's own, which must therefore outlive every kernel of every rank that uses it. NVLink
+    multicast is never used: on a shared host it can take GPUs out of service.
     """
     import os
 
@@ -30,16 +30,8 @@ def symmetric_memory(nbytes: int, group: str, device: torch.device) -> tuple[tor
 
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when memory is allocated
     memory = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
-    return memory, list(_SymmetricMemory.rendezvous(memory, group).buffer_ptrs)
-
-
-def symmetric_buffers(nbytes: int, group: str, device: torch.device) -> list[torch.Tensor]:
-    """The memory that `symmetric_memory` makes, of every rank in rank order, as uint8 (nbytes,) that can be read from here."""
-    from torch._C._distributed_c10d import _SymmetricMemory
-
-    memory, _ = symmetric_memory(nbytes, group, device)
-    handle = _SymmetricMemory.rendezvous(memory, group)
-    return [memory if r == handle.rank else handle.get_buffer(r, (nbytes,), torch.uint8) for r in range(handle.world_size)]
+    seen = _SymmetricMemory.rendezvous(memory, group)
+    return [memory if r == seen.rank else seen.get_buffer(r, (nbytes,), torch.uint8) for r in range(seen.world_size)]
 
 
 def group_name(arg: object) -> str:

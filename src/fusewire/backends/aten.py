@@ -1,6 +1,8 @@
 """What PyTorch itself runs on any device: FP8 matmuls by torch._scaled_mm."""
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from ..ops.dense import matmul
 ON_CPU = False
 """Also use torch._scaled_mm on a CPU. It gives an adopted `_scaled_mm` its own bits there, but it is slow: with n = 1536 and
 k = 576 it takes 15 to 30 times as long as the reference for one token, and 1.2 to 1.5 times as long for 512."""
+
+
+FAST_ACCUMULATION = os.environ.get("FUSEWIRE_FP8_ACCUMULATION", "fast") != "float32"
+"""How FP8 products are added on the tensor cores of a CUDA device, by every backend: "fast" keeps their own sum, which has about
+14 bits; "float32" adds sums of 128 products in float32, and takes longer."""
 
 
 def _why_not(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str,
@@ -43,5 +50,25 @@ def _why_not(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
 
 @matmul.backend("aten", supports=_why_not)
 def scaled_mm(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
-    scale_a, scale_b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-    return torch._scaled_mm(x[0], w[0].t(), scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype)
+    return torch._scaled_mm(x[0], w[0].t(), *_scales(x, params, w, fmt), bias=bias, out_dtype=dtype, use_fast_accum=_fast(x[0]))
+
+
+def matmul_into(out: Tensor, x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str) -> None:
+    """The matmul op, with its result in `out`; without a copy where torch can."""
+    if matmul.select(x, params, w, bias, fmt, out.dtype).backend.name == "aten":
+        torch._scaled_mm(x[0], w[0].t(), *_scales(x, params, w, fmt), bias=bias, out_dtype=out.dtype, use_fast_accum=_fast(x[0]),
+                         out=out)
+    elif fmt == "bf16" and out.dtype == x[0].dtype:
+        torch.mm(x[0], w[0].t(), out=out) if bias is None else torch.addmm(bias, x[0], w[0].t(), out=out)
+    else:
+        out.copy_(matmul(x, params, w, bias, fmt, out.dtype))
+
+
+def _fast(x: Tensor) -> bool:
+    return FAST_ACCUMULATION and x.device.type == "cuda"
+
+
+def _scales(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str) -> tuple[Tensor, Tensor]:
+    if fmt == "fp8_tensor":
+        return params[0], w[1]
+    return (x[1] if x[1].data_ptr() % 16 == 0 else x[1].clone()), w[1].t()  # cuBLAS refuses scales that are not aligned

@@ -15,6 +15,14 @@ How kernels use it (an *exchange* is one launch of one op, the same on all ranks
 *   A wait is bounded: after `limit_s` the kernel writes what it waited for to `report`, in host memory, where a thread finds
     it, prints one sentence and ends the process. A rank that ends takes its peers along, by their own limits at the latest.
 
+Copy engines cannot choose a half by an epoch that they do not know: a CUDA graph holds their addresses. What they take part in
+is a *transfer* (see `transfer.py`), in a region of its own, whose half is chosen by the host when the op is called or captured:
+
+*   A transfer has an epoch of the same sequence, so the rule above holds for it too: every rank waits for every peer in it.
+*   A rank that begins one says so to its peers (`entered`: its epoch), which means that it has finished all before. Nobody writes
+    to a half of a peer before that peer has entered a later epoch than that of the last transfer in this half. As a rule the
+    halves take turns, and then this is known from the transfer in between.
+
 Flags, epochs and everything else that is waited for are compared as integers.
 """
 from __future__ import annotations
@@ -50,13 +58,18 @@ class Workspace:
 
     group       the group's name
     rank, world_size
-    nbytes      of data in each half
-    flag_count  int32 flags in each half
+    nbytes      of data in each half of each region, for exchanges and for transfers
+    flag_count  int32 flags in each half of each region
     loopback    one process plays all ranks: every address below is this rank's own, and a kernel that pushes to peer p writes
                 where p's own push would have arrived
     data        int64 (world_size,) on the device: address of each rank's data, half 0 then half 1 after `nbytes`
     flags       int64 (world_size,) on the device: address of each rank's flags, likewise (4 * flag_count bytes a half)
     from_here   the same two as numbers, each in the order rank, rank + 1, ..., for kernels that take them as arguments
+    memories    each rank's memory, uint8: flags of exchanges and of transfers, `entered`, data of exchanges and of transfers
+    bases       its address
+    last        int32 (2, 2) on the device, for each half of the transfers: its last epoch (0: none), and that for copy engines
+    side        the stream on which copy engines work
+    turn        the half that the next transfer takes
     state       int64 (1,) on the device: epoch << 32 | how many programs of the running kernel have read it. One atomic add
                 tells a program both, and the last of them to come knows that it may set the next epoch.
     report      int64 (REPORT_WORDS,) in pinned host memory: [op number, epoch, row, flag seen, peer], see `sentence`
@@ -78,6 +91,12 @@ class Workspace:
     report: Tensor
     memory: Tensor | None
     process_group: dist.ProcessGroup | None
+    memories: list[Tensor]
+    bases: list[int]
+    last: Tensor
+    side: torch.cuda.Stream
+    shared_device: bool
+    turn: int = 0
 
     @property
     def limit_ns(self) -> int:
@@ -132,16 +151,17 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     limit_s = limit_s or float(os.environ.get("FUSEWIRE_WAIT_LIMIT_S", "30"))
     nbytes = -(-nbytes // _ALIGN) * _ALIGN
     flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
-    flags_end = 2 * 4 * flag_count
+    flags_end = regions(nbytes, flag_count)[-2]
+    total = flags_end + 4 * nbytes
     consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s})
     with torch.cuda.device(dev):
         pg: dist.ProcessGroup | None = None
         if loopback:
-            memory = torch.empty(flags_end + 2 * nbytes, dtype=torch.uint8, device=dev)
-            bases = [memory.data_ptr()] * g.world_size
+            memories = [torch.empty(total, dtype=torch.uint8, device=dev)] * g.world_size
         else:
             pg = compat.process_group(group)
-            memory, bases = compat.symmetric_memory(flags_end + 2 * nbytes, group, dev)
+            memories = compat.symmetric_memory(total, group, dev)
+        memory, bases = memories[g.rank()], [m.data_ptr() for m in memories]
         memory[:flags_end].zero_()
         rank = g.rank()
         addresses = tuple(tuple(b + start for b in bases) for start in (flags_end, 0))
@@ -151,6 +171,8 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
             data, flags, tuple(a[rank:] + a[:rank] for a in addresses),
             state=torch.full((1,), 1 << 32, dtype=torch.int64, device=dev),  # flags start at 0, epochs at 1
             report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), memory=memory, process_group=pg,
+            memories=memories, bases=bases, last=torch.zeros(2, 2, dtype=torch.int32, device=dev), side=torch.cuda.Stream(dev),
+            shared_device=not loopback and pg is not None and devices_shared(pg, dev),
         )
         torch.cuda.synchronize(dev)
     consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags are not zero yet
@@ -183,6 +205,19 @@ def try_open(group: str, nbytes: int, device: torch.device) -> None:
         groups.workspaces[group] = f"no workspace: {why}"
 
 
+def regions(nbytes: int, flag_count: int) -> tuple[int, int, int, int, int]:
+    """Where in the memory lie: flags of exchanges, flags of transfers, `entered`, data of exchanges, data of transfers."""
+    flags = 2 * 4 * flag_count
+    return 0, flags, 2 * flags, 2 * flags + _ALIGN, 2 * flags + _ALIGN + 2 * nbytes
+
+
+def devices_shared(pg: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether some ranks of the group run on the same device."""
+    seen: list[str] = [""] * pg.size()
+    dist.all_gather_object(seen, str(torch.cuda.get_device_properties(device).uuid), group=pg)
+    return len(set(seen)) < len(seen)
+
+
 def find(group: str) -> Workspace | None:
     """The open workspace of a group; None if there is none, or if it belonged to a process group that is gone."""
     workspace = _open.get(group)
@@ -211,6 +246,7 @@ def close(group: str) -> None:
         groups.workspaces.pop(group, None)
         torch.cuda.synchronize(workspace.device)
         workspace.memory = None
+        workspace.memories = []
 
 
 def op_number(name: str) -> int:

@@ -38,7 +38,7 @@ def tail(args: tuple) -> tuple:
 
 def fast_sums(fmt: str, device: torch.device) -> bool:
     """Do our backends add up FP8 products as tensor cores do by themselves, with about 14 bits? Then so do all we compare with."""
-    return device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token") and bool(getattr(aten, "FAST_ACCUMULATION", False))
+    return device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token") and aten.FAST_ACCUMULATION
 
 
 def cublas(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str, fast: bool = False) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .. import compat, formats
 from .. import group as groups
+from ..backends.cuda import gemm
 from .cases import BOUNDARY, GATHER, NORM, SCATTER, Case
 from .checks import after, cublas, fast_sums, operands, tail, whole
 
@@ -226,10 +226,8 @@ def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candi
     yield Candidate("gemm", lambda i: [cublas(*calls[i], fmt)], "gemm")
     if device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token"):
         yield Candidate("gemm:fast", lambda i: [cublas(*calls[i], fmt, True)], "gemm", fast=True)
-    if find_spec("fusewire.backends.cuda") is not None:
-        gemm = import_module("fusewire.backends.cuda.gemm")
-        why = gemm.why_not(calls[0][0], calls[0][2], None, fmt, torch.bfloat16)
-        yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(*calls[i], None, fmt)], "gemm")
+    why = gemm.why_not(calls[0][0], calls[0][2], None, fmt, torch.bfloat16)
+    yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(*calls[i], None, fmt)], "gemm")
 
 
 def moved(case: Case) -> int:
@@ -262,7 +260,7 @@ def puller(group: str, nbytes: int, device: torch.device) -> Callable[[], Tensor
     pg = compat.process_group(group)
     each = math.ceil(nbytes / (pg.size() - 1))
     if group not in _buffers or _buffers[group][0].numel() < each:
-        _buffers[group] = compat.symmetric_buffers(max(each, 64 << 20), group, device)
+        _buffers[group] = compat.symmetric_memory(max(each, 64 << 20), group, device)
     peers = [b for r, b in enumerate(_buffers[group]) if r != pg.rank()]
     out = torch.empty(len(peers), each, dtype=torch.uint8, device=device)
 

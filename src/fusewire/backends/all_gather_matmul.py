@@ -1,0 +1,199 @@
+"""all_gather_matmul over a workspace: small batches push and then multiply, large ones do both at once.
+
+push         one small kernel stores the rows to every rank, then the matmul op's own backend runs: any format
+copy_engine  copy engines push while this rank's own rows are multiplied, then those of each peer: any format
+gated        one kernel sends this rank's rows and multiplies all rows, in the order in which they come: bf16, FP8
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..ops.collectives import world_size
+from ..ops.dense import linear, matmul, relayout
+from ..ops.fused import all_gather_matmul
+from . import aten, transfer, workspace
+from .cuda import gemm
+from .transfer import Transfer, aligned, join, on_side, prepare, why_not
+
+PROGRAMS = 528  # of the kernel that pushes, at most: four on each multiprocessor of an H200
+BLOCK = 2048  # elements that one of its programs copies at once
+
+
+def nbytes(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+           group: str) -> int:
+    """Bytes of the workspace: the gathered parts."""
+    return sum(aligned(world_size(group) * t.numel() * t.element_size()) for t in x)
+
+
+def _why_not(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+             group: str) -> str | None:
+    return why_not(x[0].device, group)
+
+
+def _why_not_by_shards(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                       dtype: torch.dtype, group: str) -> str | None:
+    if formats.get(fmt).layout != "linear":
+        return f"it multiplies one rank's rows at a time, and the scales of {fmt} are those of all rows"
+    return _why_not(x, params, ws, biases, fmt, dtype, group)
+
+
+def _why_not_gated(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                   dtype: torch.dtype, group: str) -> str | None:
+    if (why := _why_not(x, params, ws, biases, fmt, dtype, group)) is not None:
+        return why
+    n = formats.get(fmt).weight_len
+    for i, bias in enumerate(biases):
+        if (why := gemm.why_not(x, ws[i * n:(i + 1) * n], bias, fmt, dtype)) is not None:
+            return why
+    return None
+
+
+def _outputs(x: list[Tensor], ws: list[Tensor], biases: Sequence, fmt: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
+    n = formats.get(fmt).weight_len
+    return [x[0].new_empty((rows, ws[i * n].shape[0]), dtype=dtype) for i in range(len(biases))]
+
+
+@all_gather_matmul.backend("push", supports=_why_not, nbytes=nbytes, seconds=transfer.one_after_the_other)
+def push(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+         group: str) -> list[Tensor]:
+    return pushed(x, params, ws, biases, fmt, dtype, group)
+
+
+def pushed(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+           group: str, wait: bool = True) -> list[Tensor]:
+    """The op; `wait=False` leaves out the wait for the peers, to show that tests notice."""
+    from .triton import transfer as kernels
+
+    space = workspace.of(group)
+    x = [t.contiguous() for t in x]
+    if x[0].shape[0] == 0:
+        return _outputs(x, ws, biases, fmt, dtype, 0)
+    t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), PROGRAMS * space.world_size)
+    units = [_units(part) for part in x]
+    starts = _starts(x, space.world_size)
+    assert len(units) <= 2, "no format has more than two parts"
+    second = units[-1]
+    programs = min(PROGRAMS, max(-(-u.numel() // BLOCK) for u in units))
+    transfer.start(
+        kernels.push, programs, t, units[0], units[0].numel(), second, second.numel(), starts[-1],
+        WORLD=space.world_size, LOOPBACK=space.loopback, BLOCK=BLOCK, TWO=len(units) == 2, X_ALIGNED=_whole(units[0]),
+        Y_ALIGNED=_whole(second), WAIT=wait, num_warps=8)
+    return _multiply(_gathered(t, x), params, ws, biases, fmt, dtype)
+
+
+@all_gather_matmul.backend("copy_engine", supports=_why_not_by_shards, nbytes=nbytes, seconds=transfer.by_copy_engines)
+def copy_engine(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                dtype: torch.dtype, group: str) -> list[Tensor]:
+    from .triton import transfer as kernels
+
+    space = workspace.of(group)
+    x = [t.contiguous() for t in x]
+    rows = x[0].shape[0]
+    if rows == 0:
+        return _outputs(x, ws, biases, fmt, dtype, 0)
+    t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), space.world_size)
+    transfer.start(kernels.begin, 1, t, WORLD=space.world_size, LOOPBACK=space.loopback, num_warps=1)
+    with on_side(space):
+        _copy(t, x)
+    out = _outputs(x, ws, biases, fmt, dtype, rows * space.world_size)
+    n = formats.get(fmt).weight_len
+    for rank in t.ranks:
+        if rank != space.rank:
+            transfer.start(kernels.wait, 1, t, rank, rank, num_warps=1)
+        shard = x if rank == space.rank else _slots(t, x, rank)
+        for i, bias in enumerate(biases):
+            aten.matmul_into(out[i][rank * rows:(rank + 1) * rows], shard, params, ws[i * n:(i + 1) * n], bias, fmt)
+    join(space)
+    return out
+
+
+@all_gather_matmul.backend("gated", supports=_why_not_gated, nbytes=nbytes, seconds=transfer.in_one_kernel)
+def gated(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+          group: str) -> list[Tensor]:
+    return in_one_kernel(x, params, ws, biases, fmt, dtype, group)
+
+
+def in_one_kernel(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                  dtype: torch.dtype, group: str, wait: bool = True) -> list[Tensor]:
+    """The op; `wait=False` leaves out the wait for the peers, to show that tests notice."""
+    space = workspace.of(group)
+    x = [gemm.rows_apart(t) for t in x]
+    rows = x[0].shape[0]
+    out = _outputs(x, ws, biases, fmt, dtype, rows * space.world_size)
+    if rows == 0:
+        return out
+    n = formats.get(fmt).weight_len
+    weights = [ws[i * n:(i + 1) * n] for i in range(len(biases))]
+    config = gemm.configure(x[0], [w[0] for w in weights], space.world_size, "gather")
+    gemm.load(config)
+    units = -(-rows // gemm.UNIT)
+    t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), space.world_size * units)
+    full = _gathered(t, x)
+    for i in range(0, len(weights), gemm.MAX_WEIGHTS):
+        some = slice(i, i + gemm.MAX_WEIGHTS)
+        call = gemm.call(x, full[0].data_ptr(), full[-1].data_ptr(), params, weights[some], biases[some], out[some], fmt,
+                         space.world_size, space.rank)
+        gemm.watch(call, t)
+        call.begins, call.gate = int(i == 0), int(wait)
+        for peer in t.ranks[1:]:
+            slots = _slots(t, x, t.slot(peer), peer)
+            call.rows_to[peer], call.scales_to[peer] = slots[0].data_ptr(), slots[-1].data_ptr()
+            call.flags_to[peer] = t.flags(peer) + 4 * t.slot(peer) * units
+        gemm.launch(config, call)
+    return out
+
+
+def _copy(t: Transfer, x: list[Tensor]) -> None:
+    """Have copy engines push this rank's parts to the peers, and then a flag."""
+    for peer in reversed(t.ranks[1:]):  # so that in every step each rank receives from one peer
+        slot = t.slot(peer)
+        for part, to in zip(x, _slots(t, x, slot, peer), strict=True):
+            to.copy_(part, non_blocking=True)
+        t.flag(peer, slot).copy_(t.epoch, non_blocking=True)
+
+
+def _starts(x: list[Tensor], world: int) -> list[int]:
+    starts = [0]
+    for part in x[:-1]:
+        starts.append(starts[-1] + aligned(world * part.numel() * part.element_size()))
+    return starts
+
+
+def _slots(t: Transfer, x: list[Tensor], source: int, rank: int | None = None) -> list[Tensor]:
+    """The parts of `source`'s rows in `rank`'s half (None: this rank's)."""
+    rank = t.space.rank if rank is None else rank
+    return [t.view(rank, start + source * part.numel() * part.element_size(), tuple(part.shape), part.dtype)
+            for start, part in zip(_starts(x, t.space.world_size), x, strict=True)]
+
+
+def _gathered(t: Transfer, x: list[Tensor]) -> list[Tensor]:
+    """The gathered parts in this rank's half."""
+    world = t.space.world_size
+    return [t.view(t.space.rank, start, (world * part.shape[0], *part.shape[1:]), part.dtype)
+            for start, part in zip(_starts(x, world), x, strict=True)]
+
+
+def _multiply(full: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+              dtype: torch.dtype) -> list[Tensor]:
+    f = formats.get(fmt)
+    if f.layout != "linear":
+        full = relayout(full, linear(fmt), fmt, full[0].shape[1] * f.parts[0].block[1])
+    n = f.weight_len
+    return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
+
+
+def _units(x: Tensor) -> Tensor:
+    """A contiguous tensor as a flat one of the widest integers that divide it."""
+    flat = x.view(-1).view(torch.uint8)
+    return flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+
+
+def _whole(units: Tensor) -> bool:
+    """Whether slots of so many units follow one another at multiples of 16 bytes."""
+    return units.numel() * units.element_size() % 16 == 0
+
+

@@ -1,0 +1,553 @@
+// y = x @ w.T on Hopper, persistent, with the communication of a tensor-parallel layer inside: this rank's rows go to the peers
+// while they are multiplied, and tiles of a peer's rows wait for them (GATHER); or partial sums go to the rank that owns the
+// rows, and are added there (REDUCE).
+//
+// gemm.py builds this file once for each configuration and puts the following in front:
+//   FP8        x and w are e4m3 and not bf16
+//   PRECISE    FP8 sums of 128 products are added in float32; else the tensor core's own sum is kept, which has fewer bits
+//   BN         columns of a tile, a multiple of 32
+//   STAGES     depth of the pipeline
+//   IN, OUT    buffers of each warpgroup for pieces of partial sums that come (0 unless REDUCE), and of what it made
+//   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
+//   GATHER, REDUCE  all_gather_matmul, matmul_reduce_scatter; neither: a plain product
+//   BUFFERS    of 4 KiB, through which GATHER sends
+//   mma<first>(acc, a, b): one wgmma of 64 x BN x 32 bytes
+//
+// Roles, by warpgroup: 0 moves (warp 0: tiles of x and w come; warps 1 and 2: what warpgroups 1 and 2 made goes; warp 3 begins
+// the transfer, then GATHER: this rank's rows go, REDUCE: the peers' partial sums come); 1 and 2 multiply, rows 0-63 and 64-127
+// of a tile. Rows of different ranks never share a tile.
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <cstdint>
+
+constexpr int MAX_WORLD = 8, MAX_WEIGHTS = 4;
+constexpr int BM = 128;         // rows of a tile
+constexpr int ROW = 128;        // bytes of k in a tile: what a 128-byte swizzle spans
+constexpr int BK = FP8 ? ROW : ROW / 2;
+constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int PIECE = BN % 64 ? 32 : 64;  // columns that a warpgroup stores at once
+constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2;
+constexpr int BUFFER = 4096;    // bytes
+constexpr int UNIT = 8;         // rows that are sent under one flag
+constexpr int BARRIERS = 2 * STAGES + 4 * (IN + OUT) + BUFFERS + 2;  // and room for the epoch
+constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * (IN + OUT) * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS;
+constexpr int GROUP = 8;        // tiles of rows (of CLUSTER * BM) that take turns before the next columns: for the L2 cache
+constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a report and end the process
+
+struct Params {
+    CUtensorMap a_own, a_all;          // (1, m, k) and (world, m, k): this rank's rows of x, and all of them
+    CUtensorMap b[MAX_WEIGHTS];        // (n, k)
+    CUtensorMap c[MAX_WORLD];          // plain: (world, m, n) of each weight; REDUCE: (1, m, n) on the owner of the rows
+    CUtensorMap partial;               // REDUCE: (world, m, n), what the peers sent here
+    const float* scale_own;            // of x: one, or one for each of this rank's m rows
+    const float* scale_all;            //   likewise for all rows
+    const float* scale_b[MAX_WEIGHTS]; // of w: one, or one for each of n columns
+    const __nv_bfloat16* bias[MAX_WEIGHTS];
+    char* rows_to[MAX_WORLD];          // GATHER: this source's rows on each rank, one after the other
+    float* scales_to[MAX_WORLD];       //   and their scales
+    const char* rows;                  //   from here, `stride` bytes apart
+    int64_t stride;
+    int row_bytes;
+    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: 2 for each tile
+    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: [2 * (source * tiles of a shard + tile) + warpgroup]
+    const int* epoch;
+    int *entered_to[MAX_WORLD], *last; // what begins a transfer, see triton/transfer.py
+    unsigned long long* state;
+    int64_t* report;
+    uint64_t limit_ns;
+    int n[MAX_WEIGHTS], n_tiles[MAX_WEIGHTS];
+    int weights, world, rank, m, k_blocks, row_scales;  // row_scales: one for each row and each column
+    int begins, gate, half, loopback, op;  // GATHER: this launch begins the transfer and sends; it waits
+};
+
+// ---- barriers, flags, copies ----
+
+__device__ __forceinline__ uint32_t shared(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_at(uint32_t bar, int program) {
+    asm volatile("{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [at]; }"
+                 :: "r"(bar), "r"(program) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
+                 :: "r"(bar), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(const int* flag) {
+    int v;
+    asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint64_t now_ns() {
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+__device__ __forceinline__ bool has_come(int seen, int epoch, bool later) { return later ? seen - epoch > 0 : seen == epoch; }
+
+// Until the flag equals the epoch, or is later; then what was pushed before it may be read, by this thread's bulk copies too.
+__device__ __noinline__ void wait_late(const Params& p, const int* flag, int epoch, int peer, int what, bool later) {
+    uint64_t start = now_ns();
+    int seen;
+    while (!has_come(seen = load_acquire(flag), epoch, later)) {
+        if (now_ns() - start < p.limit_ns) continue;
+        volatile int64_t* report = p.report;
+        report[1] = epoch, report[2] = what, report[3] = seen, report[4] = peer;
+        __threadfence_system();
+        report[0] = p.op;
+        for (start = now_ns(); now_ns() - start < AFTER_REPORT_NS;) {}
+        asm volatile("trap;");
+    }
+}
+__device__ __forceinline__ void wait_flag(const Params& p, const int* flag, int epoch, int peer, int what, bool later = false) {
+    if (!has_come(load_acquire(flag), epoch, later)) wait_late(p, flag, epoch, peer, what, later);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// The epoch of a transfer that this launch begins, once every peer has left the half. What triton/transfer.py's _begin does.
+__device__ int begin(const Params& p) {
+    const int before = *(volatile int*)(p.last + p.half);
+    unsigned long long old;
+    asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;" : "=l"(old) : "l"(p.state) : "memory");
+    const int epoch = old >> 32;
+    if ((old & 0xFFFFFFFF) == gridDim.x - 1) {  // all have read what is changed here
+        p.last[p.half] = p.last[2 + p.half] = epoch;
+        atomicAdd(p.state, (1ull << 32) - gridDim.x);
+    }
+    if (p.loopback) return epoch;
+    for (int r = 0; r < p.world; r++)
+        if (blockIdx.x == 0 && r != p.rank)
+            asm volatile("st.release.sys.global.b32 [%0], %1;" :: "l"(p.entered_to[r] + p.rank), "r"(epoch) : "memory");
+    for (int r = 0; r < p.world; r++)
+        if (r != p.rank) wait_flag(p, p.entered_to[p.rank] + r, before, r, -1, true);
+    return epoch;
+}
+
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, uint32_t bar, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(to), "l"(&map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void load_tile_shared(uint32_t to, const CUtensorMap& map, uint32_t bar, int x, int y) {
+    if (CLUSTER == 1)
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                     :: "r"(to), "l"(&map), "r"(bar), "r"(x), "r"(y) : "memory");
+    else  // on-chip: to both programs of the cluster
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                     "[%0], [%1, {%3, %4}], [%2], %5;"
+                     :: "r"(to), "l"(&map), "r"(bar), "r"(x), "r"(y), "h"(static_cast<uint16_t>((1 << CLUSTER) - 1)) : "memory");
+}
+__device__ __forceinline__ void store_piece(const CUtensorMap& map, uint32_t from, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(&map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+__device__ __forceinline__ void store_buffer(void* to, uint32_t from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
+
+#if GATHER
+// One thread of each program sends units of rows to all peers, through buffers in shared memory, and then their flags.
+__device__ void send(const Params& p, uint32_t buffers, uint32_t bars, int epoch) {
+    uint32_t loads = 0;  // of all units: load i went to buffer i % BUFFERS
+    for (int unit = blockIdx.x; unit * UNIT < p.m; unit += gridDim.x) {
+        const int row = unit * UNIT, rows = min(UNIT, p.m - row), pieces = (p.row_bytes + BUFFER - 1) / BUFFER;
+        const uint32_t first = loads;
+        auto bytes = [&](int i) { return min(BUFFER, p.row_bytes - i % pieces * BUFFER); };
+        auto offset = [&](int i) { return (int64_t)(i % pieces) * BUFFER; };
+        auto load = [&](int i) {
+            const uint32_t at = (first + i) % BUFFERS;
+            barrier_expect(bars + 8 * at, bytes(i));
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         :: "r"(buffers + at * BUFFER), "l"(p.rows + (row + i / pieces) * p.stride + offset(i)), "r"(bytes(i)),
+                            "r"(bars + 8 * at) : "memory");
+            loads++;
+        };
+        const int total = rows * pieces;
+        for (int i = 0; i < min(BUFFERS - 1, total); i++) load(i);
+        for (int i = 0; i < total; i++) {
+            const uint32_t n = first + i;
+            barrier_wait(bars + 8 * (n % BUFFERS), n / BUFFERS & 1);
+            for (int r = 0; r < p.world; r++)
+                if (r != p.rank)
+                    store_buffer(p.rows_to[r] + (int64_t)(row + i / pieces) * p.row_bytes + offset(i), buffers + n % BUFFERS * BUFFER,
+                                 bytes(i));
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            if (i + BUFFERS - 1 < total) {
+                asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");  // what was in the buffer has left it
+                load(i + BUFFERS - 1);
+            }
+        }
+        if (p.row_scales)
+            for (int i = 0; i < rows; i++)
+                for (int r = 0; r < p.world; r++)
+                    if (r != p.rank) *(volatile float*)(p.scales_to[r] + row + i) = p.scale_own[row + i];
+        asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.sys;" ::: "memory");
+        for (int r = 0; r < p.world; r++)
+            if (r != p.rank) asm volatile("st.release.sys.global.b32 [%0], %1;" :: "l"(p.flags_to[r] + unit), "r"(epoch) : "memory");
+    }
+}
+#endif
+
+// ---- where a program's next tile is ----
+
+struct Tile { int shard, row, weight, column, index; };  // row: of the shard, this program's first; index: in the shard
+
+__device__ __forceinline__ int tiles_of_rows(const Params& p) { return (p.m + BM * CLUSTER - 1) / (BM * CLUSTER); }
+
+__device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, int program) {
+    int s = t / (tm * tn), r = t % (tm * tn);
+    int first = r / (GROUP * tn) * GROUP, rows = min(tm - first, GROUP), in = r % (GROUP * tn);
+    int pm = first + in % rows, pn = in / rows;
+    Tile tile;
+    // GATE: own rows while the others fly; REDUCE: own rows last, while the others' partial sums fly here
+    tile.shard = (p.rank + s + REDUCE) % p.world;
+    tile.row = (pm * CLUSTER + program) * BM;
+    tile.weight = 0;
+    tile.index = (pm * tn + pn) * CLUSTER + program;
+    if (!REDUCE)
+        while (pn >= p.n_tiles[tile.weight]) pn -= p.n_tiles[tile.weight++];
+    tile.column = pn * BN;
+    return tile;
+}
+
+// Byte of (row, column) in a piece, whose rows of PIECE bf16 are swizzled in units of 16 bytes
+__device__ __forceinline__ uint32_t in_piece(int row, int unit) {
+    return PIECE == 64 ? row * 128 + ((unit ^ (row & 7)) << 4) : row * 64 + ((unit ^ ((row >> 1) & 3)) << 4);
+}
+
+__device__ __forceinline__ uint64_t matrix(uint32_t at) {  // K-major, 128-byte swizzle, 1024 bytes from 8 rows to the next
+    return (uint64_t)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&v);
+}
+
+__global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p) {
+    extern __shared__ uint8_t raw[];
+    const uint32_t base = (shared(raw) + 1023) & ~1023u;
+    const uint32_t pieces = base + STAGES * STAGE_BYTES;
+    const uint32_t buffers = pieces + 2 * (IN + OUT) * PIECE_BYTES;
+    const uint32_t bars = buffers + BUFFERS * BUFFER;
+    auto full = [&](int s) { return bars + 8 * s; };
+    auto empty = [&](int s) { return bars + 8 * (STAGES + s); };
+    const uint32_t begun = bars + 8 * (BARRIERS - 2), epoch_at = begun + 8;
+    auto epoch_begun = [&]() {
+        barrier_wait(begun, 0);
+        int epoch;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(epoch) : "r"(epoch_at));
+        return epoch;
+    };
+    // A ring of buffers has two sides, each of which takes every buffer in turn: a barrier's parity tells a phase from the next,
+    // not from the one after, so nobody may pass a use by.
+    const uint32_t rings = bars + 8 * 2 * STAGES;
+    auto in_full = [&](int wg, int i) { return rings + 8 * (wg * IN + i); };
+    auto in_empty = [&](int wg, int i) { return rings + 8 * ((2 + wg) * IN + i); };
+    auto out_full = [&](int wg, int i) { return rings + 8 * (4 * IN + wg * OUT + i); };
+    auto out_empty = [&](int wg, int i) { return rings + 8 * (4 * IN + (2 + wg) * OUT + i); };
+    auto in_at = [&](int wg, int i) { return pieces + (wg * IN + i) * PIECE_BYTES; };
+    auto out_at = [&](int wg, int i) { return pieces + (2 * IN + wg * OUT + i) * PIECE_BYTES; };
+    const uint32_t sent = rings + 8 * 4 * (IN + OUT);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int program = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
+    const int tm = tiles_of_rows(p);
+    int tn = 0;
+    for (int w = 0; w < p.weights; w++) tn += p.n_tiles[w];
+    const int total = p.world * tm * tn, step = gridDim.x / CLUSTER;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) barrier_init(full(s), 1), barrier_init(empty(s), 2 * CLUSTER);
+        for (int i = 0; i < 4 * (IN + OUT); i++) barrier_init(rings + 8 * i, 1);
+        for (int i = 0; i < BUFFERS; i++) barrier_init(sent + 8 * i, 1);
+        barrier_init(begun, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+    else __syncthreads();
+
+    if (warp < 4) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp == 0) {
+            int epoch = 0;
+            int stage = 0;
+            uint32_t parity = 1;  // the first wait for a fresh stage passes
+            for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
+                const Tile tile = tile_at(p, t, tm, tn, program);
+                const bool own = !REDUCE && tile.shard == p.rank;
+                if (GATHER && p.gate && !own) {
+                    if (epoch == 0) epoch = p.begins ? epoch_begun() : *p.epoch;
+                    const int unit = tile.row / UNIT + lane, units = (p.m + UNIT - 1) / UNIT;
+                    if (lane < BM / UNIT && unit < units)
+                        wait_flag(p, p.flags + tile.shard * units + unit, epoch, tile.shard, unit);
+                    __syncwarp();
+                }
+                if (lane == 0) {
+                    if (GATHER && !own) asm volatile("fence.proxy.async.global;" ::: "memory");  // for what other lanes waited for
+                    const CUtensorMap& a = own ? p.a_own : p.a_all;
+                    const int shard = own ? 0 : tile.shard;
+                    for (int kb = 0; kb < p.k_blocks; kb++) {
+                        barrier_wait(empty(stage), parity);
+                        const uint32_t to = base + stage * STAGE_BYTES;
+                        barrier_expect(full(stage), STAGE_BYTES);
+                        load_tile(to, a, full(stage), kb * BK, tile.row, shard);
+                        load_tile_shared(to + A_BYTES + program * (B_BYTES / CLUSTER), p.b[tile.weight], full(stage), kb * BK,
+                                         tile.column + program * (BN / CLUSTER));
+                        if (++stage == STAGES) stage = 0, parity ^= 1;
+                    }
+                }
+                __syncwarp();
+            }
+        } else if ((warp == 1 || warp == 2) && lane == 0) {
+            // A warpgroup that multiplies must not wait for its stores to arrive, nor for the fence before a flag.
+            const int wg = warp - 1, epoch = REDUCE ? epoch_begun() : 0;  // not before the peers' halves are free
+            int out = 0;
+            uint32_t parity = 0;
+            for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
+                const Tile tile = tile_at(p, t, tm, tn, program);
+                const bool own = tile.shard == p.rank;
+                for (int i = 0; i < PIECES; i++) {
+                    barrier_wait(out_full(wg, out), parity);
+                    if (tile.row + wg * 64 < p.m && tile.column + i * PIECE < p.n[tile.weight])
+                        store_piece(p.c[REDUCE ? tile.shard : tile.weight], out_at(wg, out), tile.column + i * PIECE,
+                                    tile.row + wg * 64, REDUCE ? 0 : tile.shard);
+                    asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
+                    barrier_arrive(out_empty(wg, out));
+                    if (++out == OUT) out = 0, parity ^= 1;
+                }
+                if (REDUCE && !own)
+                    asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.sys; st.release.sys.global.b32 [%0], %1;"
+                                 :: "l"(p.flags_to[tile.shard] + 2 * tile.index + wg), "r"(epoch) : "memory");
+            }
+        } else if ((REDUCE || (GATHER && p.begins)) && warp == 3 && lane == 0) {
+            const int epoch = begin(p);
+            asm volatile("st.shared.b32 [%0], %1;" :: "r"(epoch_at), "r"(epoch) : "memory");
+            barrier_arrive(begun);
+#if GATHER
+            send(p, buffers, sent, epoch);
+#endif
+            int in = 0;
+            uint32_t parity = 1;
+            for (int t = blockIdx.x / CLUSTER; REDUCE && t < total; t += step) {
+                const Tile tile = tile_at(p, t, tm, tn, program);
+                if (tile.shard != p.rank) continue;
+                for (int use = 0; use < PIECES * (p.world - 1); use++) {
+                    const int i = use / (p.world - 1), peer = use % (p.world - 1), source = peer + (peer >= p.rank);
+                    for (int wg = 0; wg < 2; wg++) {
+                        barrier_wait(in_empty(wg, in), parity);
+                        if (i == 0)
+                            wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + wg, epoch, source, tile.index);
+                        barrier_expect(in_full(wg, in), PIECE_BYTES);
+                        load_tile(in_at(wg, in), p.partial, in_full(wg, in), tile.column + i * PIECE, tile.row + wg * 64, source);
+                    }
+                    if (++in == IN) in = 0, parity ^= 1;
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        const int wg = warp / 4 - 1;
+        const bool elected = threadIdx.x % 128 == 0;
+        const int own_row = warp % 4 * 16 + lane / 4;  // and that + 8, of the warpgroup's 64
+        int stage = 0, in = 0, out = 0;
+        uint32_t parity = 0, in_parity = 0, out_parity = 1;
+        for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
+            const Tile tile = tile_at(p, t, tm, tn, program);
+            const bool own = tile.shard == p.rank;
+            const int row = tile.row + wg * 64 + own_row;
+            const float tensor_scale = FP8 && !p.row_scales ? __ldg(p.scale_own) * __ldg(p.scale_b[tile.weight]) : 1.f;
+            float acc[BN / 2];
+            if (PRECISE)
+                for (int i = 0; i < BN / 2; i++) acc[i] = 0.f;
+            int last = -1;
+            for (int kb = 0; kb < p.k_blocks; kb++) {
+                barrier_wait(full(stage), parity);
+                const uint64_t a = matrix(base + stage * STAGE_BYTES + wg * (64 * ROW));
+                const uint64_t b = matrix(base + stage * STAGE_BYTES + A_BYTES);
+                if (PRECISE) {
+                    float sum[BN / 2];
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    mma(sum, a, b, 0);
+                    for (int i = 1; i < 4; i++) mma(sum, a + 2 * i, b + 2 * i, 1);
+                    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(sum[i]) :: "memory");
+                    last = stage;
+                    for (int i = 0; i < BN / 2; i++) acc[i] += sum[i];
+                } else {
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    for (int i = 0; i < 4; i++) mma(acc, a + 2 * i, b + 2 * i, kb | i);
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    if (kb) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                }
+                if (last >= 0 && elected) {
+                    if (CLUSTER == 1) barrier_arrive(empty(last));
+                    else for (int i = 0; i < CLUSTER; i++) barrier_arrive_at(empty(last), i);
+                }
+                last = PRECISE ? -1 : stage;
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+            if (!PRECISE) {
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(acc[i]) :: "memory");
+                if (last >= 0 && elected) {
+                    if (CLUSTER == 1) barrier_arrive(empty(last));
+                    else for (int i = 0; i < CLUSTER; i++) barrier_arrive_at(empty(last), i);
+                }
+            }
+
+            // y = acc * scale(row) * scale(column) + bias
+            const int n = p.n[tile.weight];
+            float scale[2] = {tensor_scale, tensor_scale};
+            if (FP8 && p.row_scales)
+                for (int i = 0; i < 2; i++)
+                    if (row + 8 * i < p.m)  // gathered ones were written while this kernel ran: not from the L1 cache
+                        scale[i] = own && !REDUCE ? __ldg(p.scale_own + row + 8 * i)
+                                                  : __ldcg(p.scale_all + (int64_t)tile.shard * p.m + row + 8 * i);
+            const __nv_bfloat16* bias = p.bias[tile.weight];
+            const float* column_scale = FP8 && p.row_scales ? p.scale_b[tile.weight] : nullptr;
+            #pragma unroll
+            for (int i = 0; i < PIECES; i++) {
+                float y[PIECE / 2];
+                #pragma unroll
+                for (int j = 0; j < PIECE / 2; j++) y[j] = acc[i * (PIECE / 2) + j] * scale[j / 2 % 2];
+                const int first = tile.column + i * PIECE + lane % 4 * 2;
+                if (column_scale != nullptr)
+                    #pragma unroll
+                    for (int j = 0; j < PIECE / 8; j++) {
+                        const float2 by = first + j * 8 < n ? __ldg(reinterpret_cast<const float2*>(column_scale + first + j * 8))
+                                                            : make_float2(0.f, 0.f);
+                        y[j * 4] *= by.x, y[j * 4 + 1] *= by.y, y[j * 4 + 2] *= by.x, y[j * 4 + 3] *= by.y;
+                    }
+                if (bias != nullptr)
+                    #pragma unroll
+                    for (int j = 0; j < PIECE / 8; j++)
+                        if (first + j * 8 < n) {
+                            const float2 plus = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(bias + first + j * 8));
+                            y[j * 4] += plus.x, y[j * 4 + 1] += plus.y, y[j * 4 + 2] += plus.x, y[j * 4 + 3] += plus.y;
+                        }
+                uint32_t rounded[PIECE / 4];  // of row, row + 8, in turns
+                #pragma unroll
+                for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(y[2 * j], y[2 * j + 1]);
+                if (REDUCE && own) {  // the ranks' partial sums, each rounded as it was sent, in rank order
+                    float sum[PIECE / 2];
+                    for (int source = 0; source < p.world; source++) {
+                        const bool from_here = source == p.rank;
+                        if (!from_here) barrier_wait(in_full(wg, in), in_parity);
+                        #pragma unroll
+                        for (int j = 0; j < PIECE / 4; j++) {
+                            uint32_t v = rounded[j];
+                            if (!from_here)
+                                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v)
+                                             : "r"(in_at(wg, in) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4));
+                            const float2 term = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
+                            sum[2 * j] = source ? sum[2 * j] + term.x : term.x;
+                            sum[2 * j + 1] = source ? sum[2 * j + 1] + term.y : term.y;
+                        }
+                        if (from_here) continue;
+                        asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
+                        if (elected) barrier_arrive(in_empty(wg, in));
+                        if (++in == (IN ? IN : 1)) in = 0, in_parity ^= 1;
+                    }
+                    #pragma unroll
+                    for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(sum[2 * j], sum[2 * j + 1]);
+                }
+                barrier_wait(out_empty(wg, out), out_parity);
+                #pragma unroll
+                for (int j = 0; j < PIECE / 4; j++)
+                    asm volatile("st.shared.b32 [%0], %1;"
+                                 :: "r"(out_at(wg, out) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4), "r"(rounded[j])
+                                 : "memory");
+                asm volatile("fence.proxy.async.shared::cta; bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
+                if (elected) barrier_arrive(out_full(wg, out));
+                if (++out == OUT) out = 0, out_parity ^= 1;
+            }
+        }
+    }
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// ---- host ----
+
+// What gemm.py passes: all addresses on the device; strides in bytes.
+struct Call {
+    void *a_own, *a_all, *partial;
+    void *b[MAX_WEIGHTS], *c[MAX_WORLD];
+    void *scale_own, *scale_all, *scale_b[MAX_WEIGHTS], *bias[MAX_WEIGHTS], *rows_to[MAX_WORLD], *scales_to[MAX_WORLD];
+    void *flags_to[MAX_WORLD], *entered_to[MAX_WORLD];
+    void *flags, *epoch, *last, *state, *report;
+    int64_t limit_ns, k, own_stride, all_stride, b_stride[MAX_WEIGHTS];
+    int n[MAX_WEIGHTS], weights, world, rank, m, row_scales, begins, gate, half, loopback, op, programs;
+};
+
+typedef CUresult (*Encode)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                           const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+static Encode encode;
+
+static int describe(CUtensorMap* map, bool fp8, int dims, void* at, int64_t x, int64_t y, int64_t z, int64_t row_bytes, int box_x,
+                    int box_y, bool wide) {
+    const cuuint64_t size[3] = {(cuuint64_t)x, (cuuint64_t)y, (cuuint64_t)z};
+    const cuuint64_t stride[2] = {(cuuint64_t)row_bytes, (cuuint64_t)(row_bytes * y)};
+    const cuuint32_t box[3] = {(cuuint32_t)box_x, (cuuint32_t)box_y, 1}, each[3] = {1, 1, 1};
+    return encode(map, fp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, dims, at, size, stride, box, each,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+// 0, or 1000 + the driver's error of a tensor map, or the runtime's error
+extern "C" int launch(const Call* call, void* stream) {
+    if (encode == nullptr) {
+        cudaDriverEntryPointQueryResult found;
+        cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000, cudaEnableDefault, &found);
+        if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return error ? error : cudaErrorSymbolNotFound;
+        error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        if (error != cudaSuccess) return encode = nullptr, error;
+    }
+    Params p = {};
+    int e = 0;
+    const Call& c = *call;
+    e |= describe(&p.a_own, FP8, 3, c.a_own, c.k, c.m, 1, c.own_stride, BK, BM, true);
+    e |= describe(&p.a_all, FP8, 3, c.a_all, c.k, c.m, c.world, c.all_stride, BK, BM, true);
+    for (int w = 0; w < c.weights; w++) {
+        e |= describe(&p.b[w], FP8, 2, c.b[w], c.k, c.n[w], 1, c.b_stride[w], BK, BN / CLUSTER, true);
+        if (!REDUCE) e |= describe(&p.c[w], false, 3, c.c[w], c.n[w], c.m, c.world, 2ll * c.n[w], PIECE, 64, PIECE == 64);
+        p.scale_b[w] = (const float*)c.scale_b[w], p.bias[w] = (const __nv_bfloat16*)c.bias[w];
+        p.n[w] = c.n[w], p.n_tiles[w] = (c.n[w] + BN - 1) / BN;
+    }
+    if (REDUCE) {
+        for (int r = 0; r < c.world; r++) {
+            e |= describe(&p.c[r], false, 3, c.c[r], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
+        }
+        e |= describe(&p.partial, false, 3, c.partial, c.n[0], c.m, c.world, 2ll * c.n[0], PIECE, 64, PIECE == 64);
+    }
+    if (e) return 1000 + e;
+    p.scale_own = (const float*)c.scale_own, p.scale_all = (const float*)c.scale_all;
+    p.flags = (const int*)c.flags, p.epoch = (const int*)c.epoch, p.report = (int64_t*)c.report, p.limit_ns = c.limit_ns;
+    p.weights = c.weights, p.world = c.world, p.rank = c.rank, p.m = c.m, p.k_blocks = (c.k + BK - 1) / BK;
+    p.row_scales = c.row_scales, p.begins = c.begins, p.gate = c.gate, p.op = c.op;
+    p.rows = (const char*)c.a_own, p.stride = c.own_stride, p.row_bytes = c.k * (FP8 ? 1 : 2);
+    p.last = (int*)c.last, p.state = (unsigned long long*)c.state, p.half = c.half, p.loopback = c.loopback;
+    for (int r = 0; r < c.world && r < MAX_WORLD; r++) {
+        p.rows_to[r] = (char*)c.rows_to[r], p.scales_to[r] = (float*)c.scales_to[r];
+        p.flags_to[r] = (int*)c.flags_to[r], p.entered_to[r] = (int*)c.entered_to[r];
+    }
+
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = CLUSTER, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(c.programs / CLUSTER * CLUSTER), config.blockDim = dim3(384), config.dynamicSmemBytes = SHARED_BYTES;
+    config.stream = (cudaStream_t)stream, config.attrs = &cluster, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, gemm, p);
+}

@@ -1,0 +1,253 @@
+"""The matmul of gemm.cu: built for each configuration when first used, and kept in a cache folder."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import FusewireError
+from .. import aten
+from ..transfer import Transfer
+from ..workspace import op_number
+
+MAX_WORLD, MAX_WEIGHTS = 8, 4
+ROWS, UNIT = 128, 8  # of a tile, and under one flag
+SHARED_BYTES = 232448  # that one program can have on sm_90
+_SOURCE = Path(__file__).with_name("gemm.cu")
+_loaded: dict[Config, Callable[..., int]] = {}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One build of gemm.cu; its head says what these mean."""
+
+    fp8: bool
+    columns: int
+    cluster: int = 2
+    mode: str = "plain"  # or "gather", "reduce"
+    precise: bool = False
+
+    def defines(self) -> dict[str, int]:
+        piece_bytes = 64 * (32 if self.columns % 64 else 64) * 2
+        stage_bytes = (ROWS + self.columns) * 128
+        room = SHARED_BYTES - 2048  # but for alignment and barriers
+        buffers = 4 if self.mode == "gather" else 0
+        room -= buffers * 4096
+        spare = room - (3 if self.columns == 256 else 4) * stage_bytes
+        pieces = max(2, min(6 if self.mode == "reduce" else 4, spare // (2 * piece_bytes)))
+        out = 2 if self.mode == "reduce" and pieces > 2 else pieces - (self.mode == "reduce")
+        stages = min(8, (room - 2 * pieces * piece_bytes) // stage_bytes)
+        return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "BN": self.columns, "STAGES": stages, "IN": pieces - out,
+                "OUT": out, "BUFFERS": buffers, "CLUSTER": self.cluster, "GATHER": int(self.mode == "gather"),
+                "REDUCE": int(self.mode == "reduce")}
+
+
+# For the choice of a tile, from measurements on an H200: a tile takes (columns + TILE_COLUMNS) * bytes of k * COLUMN_BYTE_US, and
+# a rank that sends and receives in the same wave waits EXCHANGE_US for its peers' partial sums.
+TILE_COLUMNS, COLUMN_BYTE_US, EXCHANGE_US = 24, 2.1e-5, 6.0
+COLUMNS = (96, 128, 160, 192, 224, 256)  # multiples of 32, so that a piece of 32 or 64 columns divides them
+
+
+class Call(ctypes.Structure):
+    """`struct Call` of gemm.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a_own", "a_all", "partial")),
+        ("b", ctypes.c_void_p * MAX_WEIGHTS), ("c", ctypes.c_void_p * MAX_WORLD),
+        ("scale_own", ctypes.c_void_p), ("scale_all", ctypes.c_void_p), ("scale_b", ctypes.c_void_p * MAX_WEIGHTS),
+        ("bias", ctypes.c_void_p * MAX_WEIGHTS),
+        *((name, ctypes.c_void_p * MAX_WORLD) for name in ("rows_to", "scales_to", "flags_to", "entered_to")),
+        *((name, ctypes.c_void_p) for name in ("flags", "epoch", "last", "state", "report")),
+        *((name, ctypes.c_int64) for name in ("limit_ns", "k", "own_stride", "all_stride")),
+        ("b_stride", ctypes.c_int64 * MAX_WEIGHTS), ("n", ctypes.c_int * MAX_WEIGHTS),
+        *((name, ctypes.c_int) for name in ("weights", "world", "rank", "m", "row_scales", "begins", "gate", "half", "loopback",
+                                            "op", "programs")),
+    ]
+
+
+def configure(x: Tensor, ws: Sequence[Tensor], world: int, mode: str = "plain") -> Config:
+    """The tile for a product: the one whose last wave wastes least. x: this rank's rows, or all rows to "reduce"."""
+    fp8, m = x.dtype == torch.float8_e4m3fn, x.shape[0] // (world if mode == "reduce" else 1)
+    return fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, programs(x.device), mode,
+                   fp8 and not aten.FAST_ACCUMULATION)
+
+
+@functools.cache
+def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, programs: int, mode: str, precise: bool) -> Config:
+    """Which tile suits `world` times m rows and so many columns, if `programs` run at once."""
+    def us(config: Config) -> float:
+        count = world * sum(tiles(config, m, n) for n in ns) // config.cluster
+        waves = -(-count // (programs // config.cluster))
+        alone = waves * (config.columns + TILE_COLUMNS) * k_bytes * COLUMN_BYTE_US
+        return alone + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
+
+    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise) for columns in COLUMNS
+             if not (precise and columns > 128) and not (mode == "reduce" and columns % 64)]  # pieces of 32 would cost more
+    return min(tried, key=us)
+
+
+def tiles(config: Config, m: int, n: int) -> int:
+    """How many tiles the kernel makes of (m, n) outputs of one rank."""
+    rows = ROWS * config.cluster
+    return -(-m // rows) * config.cluster * -(-n // config.columns)
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """Where the CUDA compiler is: in CUDA_HOME, on the PATH, or where its installer puts it."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for at in (Path(home) / "bin" / "nvcc", Path(shutil.which("nvcc") or "/nowhere")):
+        if at.is_file():
+            return str(at)
+    return None
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"it is for compute capability 9.0, and this device has {capability[0]}.{capability[1]}"
+    if nvcc() is None:
+        return "there is no CUDA compiler: nvcc is neither in CUDA_HOME nor on the PATH"
+    return None
+
+
+def why_not(x: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot multiply these, None if it can. It does not look at token counts."""
+    if fmt not in ("bf16", "fp8_tensor", "fp8_token"):
+        return f"it multiplies bf16, fp8_tensor and fp8_token, not {fmt}"
+    if x[0].dtype not in (torch.bfloat16, torch.float8_e4m3fn) or x[0].dtype != w[0].dtype or dtype != torch.bfloat16:
+        return f"it makes bfloat16 of bfloat16 or float8_e4m3fn, not {dtype} of {x[0].dtype} and {w[0].dtype}"
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.stride(0) != 1):
+        return f"its bias must be contiguous bfloat16, not {bias.dtype}"
+    n, k = w[0].shape
+    if k * x[0].element_size() % 16 or n % 8 or k == 0 or n == 0:
+        return f"k = {k} must be whole units of 16 bytes and n = {n} a multiple of 8"
+    if w[0].stride(1) != 1 or w[0].stride(0) * w[0].element_size() % 16:
+        return "the weight must be contiguous along k, its rows at multiples of 16 bytes"
+    return _why_not_on(x[0].device)
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """x (rows, k), or a copy, so that its rows are contiguous and lie at multiples of 16 bytes."""
+    if x.dim() < 2:
+        return x
+    good = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1]
+    return x if good else x.clone(memory_format=torch.contiguous_format)
+
+
+def call(x: list[Tensor], all_x: int, all_scales: int, params: list[Tensor], ws: Sequence[list[Tensor]],
+         biases: Sequence[Tensor | None], out: Sequence[Tensor], fmt: str, world: int, rank: int) -> Call:
+    """A plain product of gathered rows: x are this rank's parts, all_x and all_scales where all rows are."""
+    c = Call()
+    size, rows = x[0].element_size(), x[0].shape[0]
+    c.a_own, c.a_all, c.k, c.own_stride = x[0].data_ptr(), all_x, x[0].shape[1], x[0].stride(0) * size
+    c.all_stride = c.own_stride if all_x == c.a_own else x[0].shape[1] * size
+    c.weights, c.world, c.rank, c.m, c.row_scales = len(ws), world, rank, rows, int(fmt == "fp8_token")
+    for i, (w, bias, y) in enumerate(zip(ws, biases, out, strict=True)):
+        c.b[i], c.b_stride[i], c.n[i], c.c[i] = w[0].data_ptr(), w[0].stride(0) * size, w[0].shape[0], y.data_ptr()
+        c.bias[i] = None if bias is None else bias.data_ptr()
+        c.scale_b[i] = None if fmt == "bf16" else w[1].data_ptr()
+    if fmt == "fp8_tensor":
+        c.scale_own = c.scale_all = params[0].data_ptr()
+    elif fmt == "fp8_token":
+        c.scale_own, c.scale_all = x[1].data_ptr(), all_scales
+    c.programs = programs(x[0].device)
+    return c
+
+
+def watch(call: Call, t: Transfer) -> None:
+    """Have the kernel begin a transfer and wait for its flags."""
+    space = t.space
+    call.flags, call.epoch, call.report = t.flags(space.rank), t.epoch.data_ptr(), space.report.data_ptr()
+    call.last, call.state, call.half, call.loopback = space.last.data_ptr(), space.state.data_ptr(), t.half, int(space.loopback)
+    call.begins = call.gate = 1
+    for rank in range(space.world_size):
+        call.entered_to[rank] = t.entered(rank)
+    call.limit_ns, call.op = space.limit_ns, op_number(t.op)
+
+
+def source(config: Config) -> str:
+    """gemm.cu with what it expects in front of it."""
+    count = config.columns // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    kind, flags = ("k32.f32.e4m3.e4m3", "p, 1, 1") if config.fp8 else ("k16.f32.bf16.bf16", "p, 1, 1, 0, 0")
+    mma = (f"__device__ __forceinline__ void mma(float (&d)[{count}], unsigned long long a, unsigned long long b, int add) {{\n"
+           f'    asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{count + 2}, 0; "\n'
+           f'                 "wgmma.mma_async.sync.aligned.m64n{config.columns}{kind} "\n'
+           f'                 "{{{sums}}}, %{count}, %{count + 1}, {flags}; }}"\n'
+           f'                 : {outputs} : "l"(a), "l"(b), "r"(add));\n}}\n')
+    defines = "".join(f"#define {name} {value}\n" for name, value in config.defines().items())
+    return f'{defines}{mma}#line 1 "gemm.cu"\n{_SOURCE.read_text()}'
+
+
+def build(config: Config) -> Path:
+    """The library of a configuration, compiled unless it is in FUSEWIRE_CACHE (default ~/.cache/fusewire) already."""
+    text = source(config)
+    compiler = nvcc()
+    folder = Path(os.environ.get("FUSEWIRE_CACHE", "~/.cache/fusewire")).expanduser() / "cuda"
+    built = folder / f"gemm-{hashlib.sha256(f'{compiler}{text}'.encode()).hexdigest()[:20]}.so"
+    if built.exists():
+        return built
+    if compiler is None:
+        raise FusewireError("the CUDA kernels cannot be built: nvcc is neither in CUDA_HOME nor on the PATH; install the CUDA "
+                            "toolkit")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        at = Path(scratch) / "gemm.cu"
+        at.write_text(text)
+        command = [compiler, "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC",
+                   "-o", str(at.with_suffix(".so")), str(at)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+            raise FusewireError(f"the CUDA kernels could not be built with {compiler}: {first}")
+        os.replace(at.with_suffix(".so"), built)  # whole, whoever else builds it at the same time
+    return built
+
+
+def load(config: Config) -> Callable[..., int]:
+    """The launcher of a configuration. It is loaded before anything spins, and never while a graph is captured."""
+    if (found := _loaded.get(config)) is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise FusewireError(f"a matmul kernel for tiles of {config.columns} columns would be loaded while a CUDA graph is "
+                                "captured; run the model once before the capture")
+        found = _loaded[config] = ctypes.CDLL(str(build(config))).launch
+    return found
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs run at once: one on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str) -> Tensor:
+    """The matmul op by this kernel alone."""
+    x = [rows_apart(part) for part in x]
+    out = x[0].new_empty((x[0].shape[0], w[0].shape[0]), dtype=torch.bfloat16)
+    if out.numel():
+        launch(configure(x[0], [w[0]], 1), call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, 1, 0))
+    return out
+
+
+def launch(config: Config, call: Call) -> None:
+    """Start the kernel on the current stream."""
+    if error := load(config)(ctypes.byref(call), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)):
+        what = f"a tensor map was refused (CUDA error {error - 1000})" if error >= 1000 else f"CUDA error {error}"
+        raise FusewireError(f"the matmul kernel of {config.columns} columns for m = {call.m}, k = {call.k}, n = {call.n[0]} "
+                            f"did not start: {what}")

@@ -1,0 +1,127 @@
+"""matmul_reduce_scatter over a workspace: small batches multiply and then push, large ones do both at once.
+
+push         the matmul op's own backend, then one small kernel stores partial sums to their owners and adds: any format
+copy_engine  the peers' rows are multiplied first, and pushed by copy engines while the rest is multiplied: any format
+epilogue     one kernel multiplies, stores each tile to its owner, and adds what came to its own last tiles: bf16, FP8
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..errors import InputError
+from ..ops.dense import matmul
+from ..ops.fused import matmul_reduce_scatter
+from . import aten, transfer, workspace
+from .cuda import gemm
+from .transfer import join, on_side, prepare, why_not
+
+PROGRAMS = 528  # of the kernels that push and add, at most: four on each multiprocessor of an H200
+BLOCK = 4096  # elements that one of their programs takes at once
+
+
+def nbytes(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+           group: str) -> int:
+    """Bytes of the workspace: each source's partial sums of this rank's rows."""
+    return x[0].shape[0] * w[0].shape[0] * dtype.itemsize
+
+
+def _why_not(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+             group: str) -> str | None:
+    return why_not(x[0].device, group)
+
+
+def _why_not_by_shards(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+                       group: str) -> str | None:
+    if formats.get(fmt).layout != "linear":
+        return f"it multiplies one rank's rows at a time, and the scales of {fmt} are those of all rows"
+    return _why_not(x, params, w, bias, fmt, dtype, group)
+
+
+def _why_not_epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+                      group: str) -> str | None:
+    return _why_not(x, params, w, bias, fmt, dtype, group) or gemm.why_not(x, w, bias, fmt, dtype)
+
+
+def _rows(x: list[Tensor], world: int) -> int:
+    if x[0].shape[0] % world:
+        raise InputError(f"matmul_reduce_scatter: {x[0].shape[0]} tokens do not divide over {world} ranks; pad them or use the "
+                         "replicated plan")
+    return x[0].shape[0] // world
+
+
+@matmul_reduce_scatter.backend("push", supports=_why_not, nbytes=nbytes, seconds=transfer.one_after_the_other)
+def push(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+         group: str) -> Tensor:
+    return pushed(matmul(x, params, w, bias, fmt, dtype), group)
+
+
+def pushed(y: Tensor, group: str, wait: bool = True) -> Tensor:
+    """reduce_scatter of y; `wait=False` leaves out the wait for the peers, to show that tests notice."""
+    from .triton import transfer as kernels
+
+    space = workspace.of(group)
+    out = y.new_empty((_rows([y], space.world_size), *y.shape[1:]))
+    if (n := out.numel()) == 0:
+        return out
+    t = prepare(space, "matmul_reduce_scatter", y.numel() * y.element_size(), PROGRAMS * space.world_size)
+    transfer.start(
+        kernels.push_and_add, min(PROGRAMS, -(-n // BLOCK)), t, y, out, n, WORLD=space.world_size, LOOPBACK=space.loopback,
+        BLOCK=BLOCK, ALIGNED=n * y.element_size() % 16 == 0, WAIT=wait, num_warps=8)
+    return out
+
+
+@matmul_reduce_scatter.backend("copy_engine", supports=_why_not_by_shards, nbytes=nbytes, seconds=transfer.by_copy_engines)
+def copy_engine(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+                group: str) -> Tensor:
+    from .triton import transfer as kernels
+
+    space = workspace.of(group)
+    rows, n = _rows(x, space.world_size), w[0].shape[0]
+    out = x[0].new_empty((rows, n), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    t = prepare(space, "matmul_reduce_scatter", nbytes(x, params, w, bias, fmt, dtype, group), space.world_size)
+    y = x[0].new_empty((space.world_size * rows, n), dtype=dtype)
+    transfer.start(kernels.begin, 1, t, WORLD=space.world_size, LOOPBACK=space.loopback, num_warps=1)
+    for owner in (*t.ranks[1:], space.rank):
+        mine = slice(owner * rows, (owner + 1) * rows)
+        aten.matmul_into(y[mine], [part[mine] for part in x], params, w,
+                         bias, fmt)
+        if owner != space.rank:
+            slot = t.slot(owner)
+            with on_side(space):
+                t.view(owner, slot * rows * n * dtype.itemsize, (rows, n), dtype).copy_(y[mine], non_blocking=True)
+                t.flag(owner, slot).copy_(t.epoch, non_blocking=True)
+    if space.shared_device or space.loopback:  # its copies may need multiprocessors, which the next kernel would hold
+        join(space)
+    transfer.start(
+        kernels.add, min(PROGRAMS, -(-out.numel() // BLOCK)), t, y, out, out.numel(), WORLD=space.world_size, BLOCK=BLOCK,
+        ALIGNED=out.numel() * dtype.itemsize % 16 == 0, num_warps=8)
+    join(space)
+    return out
+
+
+@matmul_reduce_scatter.backend("epilogue", supports=_why_not_epilogue, nbytes=nbytes, seconds=transfer.in_one_kernel)
+def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+             group: str) -> Tensor:
+    space = workspace.of(group)
+    rows, n = _rows(x, space.world_size), w[0].shape[0]
+    out = x[0].new_empty((rows, n), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    x = [gemm.rows_apart(part) for part in x]
+    config = gemm.configure(x[0], [w[0]], space.world_size, "reduce")
+    gemm.load(config)
+    tiles = gemm.tiles(config, rows, n)
+    t = prepare(space, "matmul_reduce_scatter", nbytes(x, params, w, bias, fmt, dtype, group), 2 * tiles * space.world_size)
+    call = gemm.call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, space.world_size, space.rank)
+    call.m, call.partial = rows, t.data(space.rank)
+    for owner in range(space.world_size):
+        slot = t.slot(owner)
+        call.c[owner] = out.data_ptr() if owner == space.rank else t.data(owner) + slot * rows * n * dtype.itemsize
+        call.flags_to[owner] = t.flags(owner) + 4 * 2 * tiles * slot
+    gemm.watch(call, t)
+    gemm.launch(config, call)
+    return out

@@ -1,0 +1,185 @@
+"""Triton kernels of transfers. Only backends import it, when they run: Triton comes with CUDA builds of torch alone."""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from .kernels import _end_late, _wait
+
+# data, flags, entered: int64 addresses of a half, its flags and the `entered` of each rank, in the order rank, rank + 1, ...
+
+
+@triton.jit
+def _acquire(flag):
+    """The int32 at `flag`; all lanes of a warp get lane 0's value, so that a warp leaves a loop over it as one."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 v; ld.acquire.sys.global.b32 v, [$1]; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff; }",
+        "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _wait_after(flag, before, peer, report, op, limit_ns):
+    """Until the flag is later than `before`, or `limit_ns` have passed."""
+    seen = _acquire(flag)
+    if seen - before <= 0:
+        start = globaltimer()
+        late = False
+        while (seen - before <= 0) & (not late):
+            seen = _acquire(flag)
+            late = globaltimer() - start > limit_ns
+        if seen - before <= 0:
+            _end_late(flag, before, -1, peer, seen, report, op, limit_ns)
+
+
+@triton.jit
+def _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD: tl.constexpr, LOOPBACK: tl.constexpr):
+    """The epoch of this transfer, once every peer has left the half."""
+    before = tl.load(last + half, volatile=True)
+    old = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
+    epoch = (old >> 32).to(tl.int32)
+    programs = tl.num_programs(0).to(tl.int64)
+    if (old & 0xFFFFFFFF) == programs - 1:  # all have read what is changed here
+        tl.store(last + half, epoch)
+        tl.store(last + 2 + half, epoch)
+        tl.atomic_add(state, (1 << 32) - programs, sem="relaxed", scope="gpu")
+    if not LOOPBACK:
+        if tl.program_id(0) == 0:
+            for i in tl.static_range(1, WORLD):
+                tl.atomic_xchg((entered[i] + rank * 4).to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
+        for i in tl.static_range(1, WORLD):
+            peer = (rank + i) % WORLD
+            _wait_after((entered[0] + peer * 4).to(tl.pointer_type(tl.int32)), before, peer, report, op, limit_ns)
+    return epoch
+
+
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
+def begin(data, flags, entered, state, last, report, half, rank, op, limit_ns, WORLD: tl.constexpr, LOOPBACK: tl.constexpr):
+    """One program: begin a transfer that others carry out."""
+    _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
+
+
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns", "index", "peer"])
+def wait(data, flags, entered, state, last, report, half, rank, op, limit_ns, index, peer):
+    """One program: until flag `index`, which `peer` sets, has come."""
+    epoch = tl.load(last + 2 + half)
+    _wait((flags[0] + index * 4).to(tl.pointer_type(tl.int32)), epoch, index, peer, report, op, limit_ns, 1)
+
+
+@triton.jit
+def _at(address, start, like, ALIGNED: tl.constexpr):
+    """Pointer to elements like those of `like`, `start` of them after the address."""
+    to = address + tl.cast(start, tl.int64) * (like.dtype.element_ty.primitive_bitwidth // 8)
+    if ALIGNED:
+        to = tl.multiple_of(to, 16)
+    return to.to(tl.pointer_type(like.dtype.element_ty))
+
+
+@triton.jit
+def _signal(epoch, flags, rank, WORLD: tl.constexpr, LOOPBACK: tl.constexpr):
+    """Tell every peer that what this program stored is there."""
+    tl.debug_barrier()  # the stores of all threads come before the release of one
+    for i in tl.static_range(1, WORLD):
+        slot = (rank + i) % WORLD if LOOPBACK else rank
+        flag = flags[i] + (slot * tl.num_programs(0) + tl.program_id(0)) * 4
+        tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD: tl.constexpr):
+    """Until the programs of the peers with this one's number have signalled."""
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        flag = flags[0] + (peer * tl.num_programs(0) + tl.program_id(0)) * 4
+        _wait(flag.to(tl.pointer_type(tl.int32)), epoch, tl.program_id(0), peer, report, op, limit_ns, 1)
+
+
+@triton.jit
+def _send(v, x, n, start, data, rank, WORLD: tl.constexpr, LOOPBACK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Copy (n,) into its slots here and on every peer; the slots, of n each, start at byte `start`. v: the first block."""
+    for b in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        at = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        for i in tl.static_range(0, WORLD):
+            slot = (rank + i) % WORLD if LOOPBACK else rank
+            tl.store(_at(data[i] + start, tl.cast(slot, tl.int64) * n, x, ALIGNED) + at, v, mask=at < n)
+        at += tl.num_programs(0) * BLOCK
+        v = tl.load(x + at, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
+def push(data, flags, entered, state, last, report, half, rank, op, limit_ns, x, n, y, m, y_start,
+           WORLD: tl.constexpr, LOOPBACK: tl.constexpr, BLOCK: tl.constexpr, TWO: tl.constexpr,
+           X_ALIGNED: tl.constexpr, Y_ALIGNED: tl.constexpr, WAIT: tl.constexpr):
+    """all_gather of x (n,) and, if TWO, y (m,) into every rank's half: x's slots at its start, y's at byte `y_start`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + at, mask=at < n)  # under way before the epoch is asked for
+    epoch = _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
+    _send(v, x, n, 0, data, rank, WORLD, LOOPBACK, BLOCK, X_ALIGNED)
+    if TWO:
+        v = tl.load(y + at, mask=at < m)
+        _send(v, y, m, y_start, data, rank, WORLD, LOOPBACK, BLOCK, Y_ALIGNED)
+    _signal(epoch, flags, rank, WORLD, LOOPBACK)
+    if WAIT:
+        _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
+
+
+@triton.jit
+def _sum(mine, out, n, at, data, rank, WORLD: tl.constexpr, ALIGNED: tl.constexpr):
+    """out = the sum over sources in rank order, float32: this rank's own part, and the slots."""
+    acc = tl.zeros(at.shape, tl.float32)
+    for p in tl.static_range(WORLD):
+        theirs = tl.load(_at(data[0], tl.cast(p, tl.int64) * n, out, ALIGNED) + at, mask=(at < n) & (rank != p), other=0.0,
+                         cache_modifier=".cg")
+        part = tl.where(rank == p, mine, theirs).to(tl.float32)
+        acc = part if p == 0 else acc + part  # starting at 0.0 would lose the sign of -0.0
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _scatter(v, i, at, n, data, rank, like, WORLD: tl.constexpr, LOOPBACK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store a part of the i-th peer's chunk to its owner."""
+    slot = (rank + i) % WORLD if LOOPBACK else rank
+    tl.store(_at(data[i], tl.cast(slot, tl.int64) * n, like, ALIGNED) + at, v, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
+def push_and_add(data, flags, entered, state, last, report, half, rank, op, limit_ns, y, out, n,
+                WORLD: tl.constexpr, LOOPBACK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WAIT: tl.constexpr):
+    """reduce_scatter of y (world * n,) to out (n,): chunks go to their owners' slots, then each owner adds them."""
+    mine = y + tl.cast(rank, tl.int64) * n
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    step = tl.num_programs(0) * BLOCK
+    # under way before the epoch is asked for
+    first = tl.load(y + tl.cast((rank + 1) % WORLD, tl.int64) * n + at, mask=at < n)
+    own = tl.load(mine + at, mask=at < n)
+    epoch = _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
+    _scatter(first, 1, at, n, data, rank, y, WORLD, LOOPBACK, ALIGNED)
+    for i in tl.static_range(2, WORLD):
+        v = tl.load(y + tl.cast((rank + i) % WORLD, tl.int64) * n + at, mask=at < n)
+        _scatter(v, i, at, n, data, rank, y, WORLD, LOOPBACK, ALIGNED)
+    for b in range(tl.program_id(0) + tl.num_programs(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        later = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        for i in tl.static_range(1, WORLD):
+            v = tl.load(y + tl.cast((rank + i) % WORLD, tl.int64) * n + later, mask=later < n)
+            _scatter(v, i, later, n, data, rank, y, WORLD, LOOPBACK, ALIGNED)
+    _signal(epoch, flags, rank, WORLD, LOOPBACK)
+    if WAIT:
+        _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
+    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        _sum(own, out, n, at, data, rank, WORLD, ALIGNED)
+        at += step
+        own = tl.load(mine + at, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
+def add(data, flags, entered, state, last, report, half, rank, op, limit_ns, y, out, n,
+              WORLD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """out (n,) = the sum of y's own chunk and of what copy engines brought to the slots, once their flags (by source) have come."""
+    epoch = tl.load(last + 2 + half)
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        _wait((flags[0] + peer * 4).to(tl.pointer_type(tl.int32)), epoch, tl.program_id(0), peer, report, op, limit_ns, 1)
+    for b in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        at = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mine = tl.load(y + tl.cast(rank, tl.int64) * n + at, mask=at < n)
+        _sum(mine, out, n, at, data, rank, WORLD, ALIGNED)

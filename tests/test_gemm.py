@@ -1,0 +1,115 @@
+"""The CUDA matmul without a GPU: its configurations, what it refuses, and that it builds."""
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from fusewire.backends.cuda import gemm
+from fusewire.errors import FusewireError
+
+CONFIGS = [gemm.Config(fp8, columns, cluster, mode, precise)
+           for fp8, columns, cluster, mode, precise in itertools.product(
+               (True, False), gemm.COLUMNS, (1, 2), ("plain", "gather", "reduce"), (False, True))
+           if not (precise and (columns > 128 or not fp8)) and not (mode == "reduce" and columns % 64)]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEWIRE_CACHE", str(tmp_path))
+    return tmp_path / "cuda"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration_fits_shared_memory(config):
+    d = config.defines()
+    piece_bytes = 64 * 2 * (32 if config.columns % 64 else 64)
+    barriers = 2 * d["STAGES"] + 4 * (d["IN"] + d["OUT"]) + d["BUFFERS"] + 2
+    used = (1024 + d["STAGES"] * (gemm.ROWS + config.columns) * 128 + 2 * (d["IN"] + d["OUT"]) * piece_bytes
+            + d["BUFFERS"] * 4096 + 8 * barriers)
+    assert used <= gemm.SHARED_BYTES
+    assert d["STAGES"] >= 3 and d["OUT"] >= 1 and (d["IN"] >= 1) == (config.mode == "reduce")
+
+
+def test_the_call_is_laid_out_as_in_c(tmp_path):
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("there is no g++ here")
+    text = gemm._SOURCE.read_text()
+    struct = re.search(r"^struct Call \{.*?^\};", text, re.S | re.M).group()
+    checks = "".join(f"static_assert(offsetof(Call, {name}) == {getattr(gemm.Call, name).offset});\n"
+                     for name, *_ in gemm.Call._fields_)
+    file = tmp_path / "call.cpp"
+    file.write_text(f"#include <cstddef>\n#include <cstdint>\nconstexpr int MAX_WORLD = {gemm.MAX_WORLD}, "
+                    f"MAX_WEIGHTS = {gemm.MAX_WEIGHTS};\n{struct}\n{checks}"
+                    f"static_assert(sizeof(Call) == {ctypes.sizeof(gemm.Call)});\n")
+    done = subprocess.run([compiler, "-std=c++17", "-fsyntax-only", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, value in (("MAX_WORLD", gemm.MAX_WORLD), ("MAX_WEIGHTS", gemm.MAX_WEIGHTS), ("BM", gemm.ROWS), ("UNIT", gemm.UNIT)):
+        assert re.search(rf"\b{name} = {value}\b", text), name
+
+
+def test_the_tile_wastes_no_wave():
+    """With 132 programs, (2048, 5120) is 2 x 8 x 32 tiles of 160 columns, four waves, and 16 x 20 of 256, three that are longer."""
+    def columns(m, n, k, world=1, mode="plain", precise=False):
+        return gemm.fastest(True, m, (n,), k, world, 132, mode, precise).columns
+
+    assert columns(2048, 5120, 8192) == 160
+    assert columns(4096, 28672, 8192) == 256
+    assert columns(2048, 5120, 8192, precise=True) <= 128
+    assert gemm.fastest(True, 64, (5120,), 8192, 2, 132, "gather", False).cluster == 1
+    assert columns(512, 8192, 4096, 2, "reduce") % 64 == 0
+    assert gemm.tiles(gemm.Config(True, 256, 2), 129, 257) == 4
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (dict(fmt="nvfp4"), "it multiplies bf16, fp8_tensor and fp8_token, not nvfp4"),
+    (dict(dtype=torch.float16), "not torch.float16 of"),
+    (dict(x=[torch.zeros(4, 64)]), "not torch.bfloat16 of torch.float32"),
+    (dict(w=[torch.zeros(12, 64).bfloat16()]), "n = 12 a multiple of 8"),
+    (dict(w=[torch.zeros(16, 60).bfloat16()]), "k = 60 must be whole units of 16 bytes"),
+    (dict(w=[torch.zeros(64, 16).bfloat16().t()]), "contiguous along k"),
+    (dict(bias=torch.zeros(16)), "its bias must be contiguous bfloat16, not torch.float32"),
+    ({}, "it runs on CUDA devices, not on cpu"),
+])
+def test_what_it_cannot_take_it_refuses(change, sentence):
+    args = dict(x=[torch.zeros(4, 64).bfloat16()], w=[torch.zeros(16, 64).bfloat16()], bias=None, fmt="bf16", dtype=torch.bfloat16)
+    assert sentence in gemm.why_not(**(args | change))
+
+
+def test_rows_may_be_apart_or_are_copied():
+    x = torch.zeros(8, 96, dtype=torch.bfloat16)
+    assert gemm.rows_apart(x[:, 16:80]).data_ptr() == x[:, 16:].data_ptr()
+    for odd in (x[:, 3:67], x.t(), x[:, ::2], x[:1].expand(4, 96)):
+        y = gemm.rows_apart(odd)
+        assert y.is_contiguous() and torch.equal(y, odd)
+
+
+def test_without_a_compiler_it_says_so(cache, monkeypatch):
+    monkeypatch.setattr(gemm, "nvcc", lambda: None)
+    with pytest.raises(FusewireError, match="nvcc is neither in CUDA_HOME nor on the PATH; install the CUDA toolkit"):
+        gemm.build(gemm.Config(True, 128))
+
+
+def test_a_compiler_that_fails_is_named(cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'gemm.cu(7): error: no such thing' >&2\nexit 2\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(gemm, "nvcc", lambda: str(compiler))
+    with pytest.raises(FusewireError, match=f"could not be built with {compiler}: gemm.cu.7.: error: no such thing"):
+        gemm.build(gemm.Config(True, 128))
+    assert not list(cache.glob("*"))
+
+
+@pytest.mark.skipif(gemm.nvcc() is None, reason="there is no nvcc here")
+@pytest.mark.parametrize("config", [gemm.Config(True, 256, 2, "reduce"), gemm.Config(True, 160, 1, "gather"),
+                                    gemm.Config(False, 96), gemm.Config(True, 128, 2, "gather", True)], ids=str)
+def test_it_builds_once(cache, config):
+    built = gemm.build(config)
+    assert [built] == list(cache.glob("*"))
+    changed = built.stat().st_mtime_ns
+    assert gemm.build(config) == built and built.stat().st_mtime_ns == changed
