@@ -76,6 +76,35 @@ def norm_args(c: Case) -> tuple:
     return c.random(K, key=4, dtype=dtype), 1e-5, 0.0 if cast_first else 1.0, cast_first
 
 
+EXPERTS, CHOSEN, MID = 8, 3, 32  # two experts a rank where there are four
+
+
+def router_args(c: Case) -> tuple:
+    return c.random(EXPERTS, K, key=7), c.random(EXPERTS, key=8), CHOSEN, 4, 2, 1.5, "grouped_sigmoid_renormalized"
+
+
+def stacked(c: Case, n: int, k: int, key: int) -> list[Tensor]:
+    """The weights of this rank's experts."""
+    f = formats.get(c.fmt)
+    made = [f.quantize_weight(torch.randn(n, k, generator=c.generator(key, e)).to(c.dtype) / k**0.5) for e in range(EXPERTS // c.world)]
+    return [torch.stack(parts) for parts in zip(*made, strict=True)]
+
+
+def expert_weights(c: Case) -> tuple:
+    mid = [p.expand(EXPERTS // c.world).clone() for p in c.params()] if c.tokens % 2 else []
+    return (torch.tensor(c.rank * EXPERTS // c.world), stacked(c, MID, K, 9), stacked(c, MID, K, 10), stacked(c, K, MID, 11), mid, "silu")
+
+
+def chosen(c: Case) -> tuple[Tensor, Tensor]:
+    ids = torch.stack([torch.randperm(EXPERTS, generator=c.generator(12, i))[:CHOSEN] for i in range(c.tokens)] or [
+        torch.empty(CHOSEN)])[:c.tokens]
+    return c.lay(ids.to(torch.uint8)), c.random(c.tokens, CHOSEN, key=13, dtype=torch.float32).abs()
+
+
+def counts(c: Case) -> list[int]:
+    return [c.tokens + r for r in range(c.world)]
+
+
 @dataclass(frozen=True)
 class Sample:
     """Arguments of an op for a case, and whether the format or the ranks matter to it."""
@@ -86,6 +115,7 @@ class Sample:
 
 
 ALL = tuple(formats.FORMATS)
+LINEAR = tuple(name for name, f in formats.FORMATS.items() if f.layout == "linear")
 PLAIN = ("bf16",)
 
 SAMPLES = {
@@ -114,6 +144,20 @@ SAMPLES = {
     ]), ALL, True),
     "matmul_reduce_scatter": Sample(lambda c: iter([
         (c.parts(c.whole), c.params(), c.weight(), c.bias(), c.fmt, c.dtype, c.group)]), ALL, True),
+    "route": Sample(lambda c: iter([
+        (c.random(c.tokens, K), *router_args(c)), (c.random(c.tokens, K), router_args(c)[0], None, CHOSEN, 1, 1, 1.0, "softmax")])),
+    "route_quantize_pack": Sample(lambda c: iter([(c.random(c.tokens, K), c.params(), *router_args(c), c.fmt)]), LINEAR),
+    "all_gather_v": Sample(lambda c: iter([
+        ([c.random(c.tokens + c.rank, 7), c.random(c.tokens + c.rank, 3, dtype=torch.float32)], counts(c), c.group)]), PLAIN, True),
+    "reduce_scatter_v": Sample(lambda c: iter([(c.random(sum(counts(c)), 7), counts(c), c.group)]), PLAIN, True),
+    "grouped_matmul": Sample(lambda c: iter([
+        (c.parts(c.tokens), c.params(), stacked(c, N, K, 9), torch.tensor([0, 0, *[c.tokens // 2] * 4, c.tokens - 1, c.tokens - 1])
+         .clamp(min=0), c.fmt, c.dtype)]), LINEAR),
+    "experts": Sample(lambda c: iter([(c.parts(c.tokens), c.params(), *chosen(c), *expert_weights(c), c.fmt, c.dtype)]), LINEAR),
+    "dispatch": Sample(lambda c: iter([(c.random(c.tokens, K), c.params(), *router_args(c), c.fmt, c.group)]), LINEAR, True),
+    "expert_parallel": Sample(lambda c: iter([
+        (c.random(c.tokens, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, [], c.group),
+        (c.random(c.tokens + c.rank, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, counts(c), c.group)]), LINEAR, True),
     "all_reduce_norm_quant": Sample(lambda c: iter([
         (c.random(c.tokens, K), residual, *norm_args(c), c.params(), c.fmt, keep, c.group)
         for residual, keep in ((None, True), (c.random(c.tokens, K, key=5), c.fmt == "bf16"))]), ALL, True),

@@ -11,6 +11,13 @@ from fusewire import formats
 from fusewire.models.layers import RowParallelLinear, ShardedLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+MOE = {  # sizes of tiny mixtures of experts; DeepSeek's attention has sizes of its own
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    "deepseek_v3": {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+                    "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+                    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "norm_topk_prob": True, "kv_heads": 4},
+}
 VOCAB = 101  # divides by nothing
 
 
@@ -32,9 +39,12 @@ def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, device
         return m
     generator = torch.Generator().manual_seed(seed)
     for name, p in m.named_parameters():
-        spread = 0.3 if p.dim() == 1 else 2 / p.shape[1] ** 0.5
+        spread = 0.3 if p.dim() == 1 else 2 / p.shape[-1] ** 0.5
         centre = 1.0 if "norm" in name and not family.startswith("gemma") else 0.0
         p.copy_(centre + spread * torch.randn(p.shape, generator=generator))
+    for name, b in m.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            b.copy_(0.1 * torch.randn(b.shape, generator=generator))
     return m
 
 

@@ -51,6 +51,7 @@ class Backend:
               the workspace.
     nbytes    (*args) -> bytes of the group's workspace that a call needs; sizes may be symbolic. None: it needs no workspace.
     seconds   (usage) -> how long a call takes if nothing was measured; None: nobody knows
+    wire      (*args) -> (bytes, messages) that one rank sends, where these are not the unfused program's
     """
 
     name: str
@@ -59,6 +60,12 @@ class Backend:
     target: torch._ops.OpOverload
     nbytes: Callable[..., int] | None = None
     seconds: Callable[[Usage], float] | None = None
+    wire: Callable[..., tuple[int, int]] | None = None
+
+
+def seconds_of_program(u: Usage) -> float:
+    """Messages one after the other, and nothing hidden: `seconds` of the reference."""
+    return u.messages * u.link.latency_s + u.wire_s + u.matmul_s
 
 
 class Choice(NamedTuple):
@@ -100,7 +107,7 @@ class Op:
         self.target = self._define("", self._run)
         self.params = [a.name for a in self.target._schema.arguments]
         self._reference = Backend("reference", self.reference, lambda *args: None, self._define("reference", self.reference),
-                                  seconds=lambda u: u.messages * u.link.latency_s + u.wire_s + u.matmul_s)
+                                  seconds=seconds_of_program)
         self._remembered: dict[Any, Callable] = {}
         if self.name in OPS:
             raise TypeError(f"the op {self.name} is declared twice")
@@ -129,13 +136,14 @@ class Op:
 
     def backend(self, name: str, supports: Callable[..., str | None] = lambda *args: None,
                 nbytes: Callable[..., int] | None = None,
-                seconds: Callable[[Usage], float] | None = None) -> Callable[[Callable], Callable]:
+                seconds: Callable[[Usage], float] | None = None,
+                wire: Callable[..., tuple[int, int]] | None = None) -> Callable[[Callable], Callable]:
         """Register an implementation, see `Backend`; its schema must equal the reference's."""
 
         def register(run: Callable) -> Callable:
             if (schema := infer_schema(run, mutates_args=())) != self.schema:
                 raise TypeError(f"{self.name}.{name}: {schema} is not {self.schema}")
-            self.backends.append(Backend(name, run, supports, self._define(name, run), nbytes, seconds))
+            self.backends.append(Backend(name, run, supports, self._define(name, run), nbytes, seconds, wire))
             self._remembered.clear()
             return run
 
@@ -174,7 +182,13 @@ class Op:
         if any(b.seconds is None for b in able):
             return Choice(able[0], refused)
         usage = self.usage(*args, at=at)._replace(link=used.link, world_size=groups.resolve(group).world_size if group else 1)
-        return Choice(min(able, key=lambda b: b.seconds(usage)), refused, "modelled")  # type: ignore[misc]
+        shapes = _map_tensors(lambda t: _shape_of(t, at), args)
+
+        def seconds(b: Backend) -> float:
+            own = dict(zip(("bytes", "messages"), b.wire(*shapes), strict=True)) if b.wire else {}
+            return b.seconds(usage._replace(**own))  # type: ignore[misc]
+
+        return Choice(min(able, key=seconds), refused, "modelled")
 
     def settle(self, *args) -> Choice | None:
         """The choice for args that may be fake, if it is the same for all values of symbolic sizes; else None, and the op's

@@ -12,30 +12,37 @@ from .. import compat, formats
 from ..errors import InputError
 from ..group import Group, of_process_group
 from ..ops.norm import rms_norm
-from . import slices
+from . import moe, slices
 from .layers import ColumnParallelLinear, GatheredLinear, RMSNorm, RowParallelLinear, ShardedLinear, VocabParallelEmbedding
 from .slices import Slice, cut, has_data, whole
 
 COLUMN, ROW, GATHERED, EMBEDDING = "colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"
+WHOLE = "whole"  # our own: not cut
 REPLICATED = ("replicated", "replicated_with_grad_allreduce")
 
 
-def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | None = None, quantization: str | None = None) -> nn.Module:
+def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | None = None, quantization: str | None = None, *,
+                dp: int | None = None, tp: int | None = None, ep: int | None = None) -> nn.Module:
     """Cut a causal LM over `group`, in place, and quantize its linear layers on this rank.
 
     model         a Hugging Face decoder with a tensor-parallel plan and float weights; on the meta device, or made of fake
                   tensors, only shapes are made
     group         None is torch's default process group; modules keep only its name
     quantization  a format's name, "fp8" (= "fp8_tensor"), or None (= "bf16": weights keep their dtype). Scales of activations
-                  are dynamic. Embedding and lm_head are never quantized.
+                  are dynamic. Embedding, lm_head and routers are never quantized.
+    dp, tp        the ranks are dp rows of tp consecutive ones: a row holds the same tokens and cuts heads and dense layers, the
+                  rows have tokens of their own, which may differ in number (none too) as long as the model is not compiled.
+                  None: dp = 1, or whatever the ranks leave of the other
+    ep            over how many ranks experts are spread: always all of them
     -> the same model, in eval mode, without gradients; logits equal the whole model's up to the order of summation.
        `static_cache` makes its KV cache.
 
-    InputError for an unknown quantization, a model without a plan or with a style or an attention that is not known here, and
-    sizes that do not divide; FormatError for a number of input features on a rank that the format cannot hold.
+    InputError for an unknown quantization, a model without a plan or with a style, an attention or a mixture of experts that is
+    not known here, and sizes that do not divide; FormatError for a number of input features on a rank that the format cannot hold.
     """
     fmt = format_name(quantization)
-    return shard(model, resolve(group), lambda name: fmt)
+    found = resolve(group)
+    return shard(model, found, lambda name: fmt, moe.layout(found, dp, tp, ep))
 
 
 def format_name(quantization: str | None) -> str:
@@ -68,11 +75,19 @@ def static_cache(model: nn.Module, batch: int, max_len: int):
     return cache
 
 
-def shard(model: nn.Module, group: Group, format_of: Callable[[str], str]) -> nn.Module:
-    """`parallelize` with a format for each linear layer, by its module name."""
+def shard(model: nn.Module, ranks: Group, format_of: Callable[[str], str], over: moe.Layout | None = None) -> nn.Module:
+    """`parallelize` with a format for each linear layer and each `experts`, by its module name."""
+    over = over or moe.layout(ranks, None, None, None)
     model.requires_grad_(False).eval()
+    blocks = moe.replace_blocks(model, over, format_of)
+    group = over.tp or (ranks if over.dp is None else None)  # None: nothing but the experts is cut
     styles = _styles(model)
-    replaced = _embeddings(model, group)
+    if blocks or group is None:  # attention without a plan is whole on every rank, and quantized like the rest
+        linears = [name for name, m in model.named_modules() if type(m) is nn.Linear and ".layers." in name]
+        styles |= {name: WHOLE for name in linears if group is None or name not in styles}
+    replaced = set() if group is None else _embeddings(model, group)
+    if group is None:
+        styles = {name: style for name, style in styles.items() if style == WHOLE}
     by_parent: dict[str, dict[str, str]] = {}
     for name, style in styles.items():
         parent, _, child = name.rpartition(".")
@@ -80,12 +95,22 @@ def shard(model: nn.Module, group: Group, format_of: Callable[[str], str]) -> nn
             by_parent.setdefault(parent, {})[child] = style
     for parent, children in by_parent.items():
         module = model.get_submodule(parent)
-        dims = _attention(parent, module, children, group) or {}
+        dims = {} if WHOLE in children.values() else _attention(parent, module, children, group) or {}
         for child, style in children.items():
             name = f"{parent}.{child}" if parent else child
-            setattr(module, child, _linear(name, getattr(module, child), style, dims.get(child), group, format_of))
+            setattr(module, child, _linear(name, getattr(module, child), style, dims.get(child), group or ranks, format_of))
     _norms(model)
+    if blocks and over.dp is not None:
+        model.layout = over
+        model.register_forward_pre_hook(_begin_step, with_kwargs=True)
     return model.requires_grad_(False)
+
+
+def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before a step of ranks that may hold different numbers of tokens; one that is compiled is begun outside its graph."""
+    if not torch.compiler.is_compiling():
+        ids = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        model.layout.begin(ids.shape[0] * ids.shape[1])
 
 
 def _styles(model: nn.Module) -> dict[str, str]:
@@ -94,6 +119,8 @@ def _styles(model: nn.Module) -> dict[str, str]:
     known = (COLUMN, ROW, GATHERED, EMBEDDING, *REPLICATED)
     styles = {}
     for name, module in model.named_modules():
+        if isinstance(module, moe.Router | moe.Experts):
+            continue
         style = plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
         if style is None:
             continue
@@ -150,6 +177,8 @@ def _linear(name: str, linear: nn.Linear, style: str, dim: Slice | None, group: 
     """`linear` cut as its style says, along `dim` or evenly."""
     if style == GATHERED:
         return _gathered(linear, group, None)
+    if style == WHOLE:
+        return _filled(ColumnParallelLinear, name, whole(linear.out_features), whole(linear.in_features), linear, group, format_of)
     split, what = (linear.in_features, "input") if style == ROW else (linear.out_features, "output")
     if dim is None:
         if split % group.world_size:
@@ -157,7 +186,11 @@ def _linear(name: str, linear: nn.Linear, style: str, dim: Slice | None, group: 
                              "use another number of ranks")
         dim = slices.even(split, group.rank(), group.world_size)
     rows, cols = (whole(linear.out_features), dim) if style == ROW else (dim, whole(linear.in_features))
-    make: type[ShardedLinear] = RowParallelLinear if style == ROW else ColumnParallelLinear
+    return _filled(RowParallelLinear if style == ROW else ColumnParallelLinear, name, rows, cols, linear, group, format_of)
+
+
+def _filled(make: type[ShardedLinear], name: str, rows: Slice, cols: Slice, linear: nn.Linear, group: Group,
+            format_of: Callable[[str], str]) -> ShardedLinear:
     new = make(name, rows, cols, format_of(name), group.name, linear.weight, linear.bias is not None)
     new.fill(linear.weight, linear.bias)
     return new

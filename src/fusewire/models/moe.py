@@ -1,0 +1,246 @@
+"""Mixture of experts for Hugging Face models: which block is one, and the modules that take its place.
+
+Experts are spread over all ranks. Where ranks hold different tokens (`dp`), those are brought together for the experts and
+their results brought back; where ranks hold the same ones (`tp`), their shares are added.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import formats
+from ..errors import FormatError, InputError
+from ..group import Group, grid
+from ..ops.collectives import all_gather, all_reduce, all_reduce_max, reduce_scatter
+from ..ops.dense import amax, params_from_amax, quantize
+from ..ops.moe import ACTIVATIONS, exchange_counts, expert_parallel, experts, route
+from .slices import Slice, cut, even, has_data, whole
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class Routing(NamedTuple):
+    """`ops.moe.route`'s constants (see there)."""
+
+    k: int
+    how: str
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+
+class Family(NamedTuple):
+    """A kind of MoE block: how its config routes, and how a checkpoint calls its parts.
+
+    routing  (config) -> Routing
+    block    what checkpoints call the block where the module tree says "mlp"
+    names    the checkpoint's names of an expert's gate, up and down projections
+    """
+
+    routing: Callable[[Any], Routing]
+    block: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+def _qwen(c: Any) -> Routing:
+    return Routing(c.num_experts_per_tok, "softmax_renormalized" if c.norm_topk_prob else "softmax")
+
+
+def _deepseek(c: Any) -> Routing:
+    how = "grouped_sigmoid_renormalized" if c.norm_topk_prob else "grouped_sigmoid"
+    return Routing(c.num_experts_per_tok, how, c.n_group, c.topk_group, c.routed_scaling_factor)
+
+
+FAMILIES = {
+    "Qwen3MoeSparseMoeBlock": Family(_qwen),
+    "MixtralSparseMoeBlock": Family(lambda c: Routing(c.num_experts_per_tok, "softmax_renormalized"), "block_sparse_moe",
+                                    ("w1", "w3", "w2")),
+    "DeepseekV3MoE": Family(_deepseek),
+}
+
+
+@dataclass
+class Layout:
+    """How a model's ranks share the work: dp * tp ranks, all of which hold experts.
+
+    tp      the group over which heads and dense layers are cut, whose ranks hold the same tokens; None: one rank
+    dp      the group of ranks that hold different tokens and the same part of everything else; None: one rank
+    place   which part of the experts this rank holds, of `parts`: consecutive over `dp`
+    counts  tokens of each rank of `dp` in this step; empty: as many on each
+    """
+
+    tp: Group | None
+    dp: Group | None
+    place: int
+    parts: int
+    counts: list[int] = field(default_factory=list)
+
+    def begin(self, tokens: int) -> None:
+        """Ask the other ranks of `dp` how many tokens they hold: a collective, once a step."""
+        if self.dp is not None:
+            self.counts = exchange_counts(tokens, self.dp.name)
+
+    def begin_equal(self, tokens: int) -> None:
+        """The same for a step whose code was made for equal counts; InputError on every rank if they are not."""
+        self.begin(tokens)
+        counts, self.counts = self.counts, []
+        if len(set(counts)) > 1:
+            raise InputError(f"the ranks hold {counts} tokens and a compiled step needs as many on each; pad all to {max(counts)}, or "
+                             "run the model without compiling it")
+
+
+def layout(group: Group, dp: int | None, tp: int | None, ep: int | None) -> Layout:
+    """The layout of `dp` * `tp` ranks. InputError unless the group has as many, and `ep` says the same."""
+    n = group.world_size
+    dp = (1 if tp is None else n // tp) if dp is None else dp
+    tp = n // dp if tp is None else tp
+    if dp < 1 or tp < 1 or dp * tp != n:
+        raise InputError(f"dp={dp} times tp={tp} is not the number of ranks, {n}; start dp * tp ranks")
+    if ep not in (None, n):
+        raise InputError(f"ep={ep}: experts are spread over all {n} ranks; leave ep out, or give ep={n}")
+    if dp == 1 or tp == 1:
+        return Layout(group if dp == 1 and n > 1 else None, group if dp > 1 else None, group.rank(), n)
+    column, row = grid(group, tp)
+    return Layout(row, column, row.rank() * dp + column.rank(), n)
+
+
+class Router(nn.Module):
+    """A router's weight (experts, hidden) and correction bias (experts,) or None, whole on every rank."""
+
+    def __init__(self, weight: nn.Parameter, bias: Tensor | None):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("e_score_correction_bias", bias)
+
+
+class Experts(nn.Module):
+    """This rank's experts, `mine` of all: three weights each, held in a format.
+
+    Buffers, for each of gate, up and down: `<name>_<part>` for each weight part and weight param of the format, stacked by
+    expert, and `<name>_input_<param>`, or None where it is dynamic: a scalar for gate and up, which read the same tokens, and
+    (experts,) for down. `first_expert` is int64 ().
+    """
+
+    def __init__(self, name: str, mine: Slice, hidden: int, intermediate: int, fmt: str, like: Tensor):
+        super().__init__()
+        f = formats.get(fmt)
+        self.mine, self.fmt, self.dtype = mine, fmt, like.dtype
+        self.shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+        for projection, (n, k) in self.shapes.items():
+            if k % f.k_multiple:
+                raise FormatError(f"{name}: {fmt} needs a multiple of {f.k_multiple} input features and the {projection} projections "
+                                  f"have {k}; use another quantization")
+            for part in f.weight_parts:
+                dtype = like.dtype if fmt == "bf16" else part.dtype
+                self.register_buffer(f"{projection}_{part.name}", like.new_empty((mine.size, *part.shape(n, k)), dtype=dtype))
+            for param in f.weight_params:
+                self.register_buffer(f"{projection}_{param}", like.new_empty(mine.size, dtype=torch.float32))
+        self.parts = [*(p.name for p in f.weight_parts), *f.weight_params]
+        self.params = f.params
+        for param in f.params:
+            self.register_buffer(f"input_{param}", None)
+            self.register_buffer(f"down_input_{param}", None)
+        self.register_buffer("first_expert", torch.tensor(mine.start, device=like.device))
+
+    def weights(self, projection: str) -> list[Tensor]:
+        return [getattr(self, f"{projection}_{part}") for part in self.parts]
+
+    def set_expert(self, e: int, projection: str, parts: list[Tensor]) -> None:
+        """Take `[*weight_parts, *weight_params]` of the e-th expert of this rank."""
+        for name, part in zip(self.parts, parts, strict=True):
+            getattr(self, f"{projection}_{name}")[e].copy_(part)
+
+    def fill(self, gate_up: Tensor, down: Tensor) -> None:
+        """Cut and quantize whole weights: (experts, 2 * intermediate, hidden), gate first, and (experts, hidden, intermediate)."""
+        if not has_data(gate_up):
+            return
+        for e, i in enumerate(range(self.mine.start, self.mine.stop)):
+            for projection, w in zip(PROJECTIONS, (*gate_up[i].chunk(2), down[i]), strict=True):
+                self.set_expert(e, projection, formats.get(self.fmt).quantize_weight(cut(w, whole(w.shape[0]))))
+
+    def static(self, prefix: str) -> list[Tensor]:
+        """The static params of an input, none if they are dynamic."""
+        found = [getattr(self, f"{prefix}_{param}") for param in self.params]
+        return [] if not found or found[0] is None else found
+
+    def extra_repr(self) -> str:
+        return f"{self.fmt}, experts {tuple(self.mine)}"
+
+
+class MoE(nn.Module):
+    """(..., hidden) -> the same: every token's experts, and what all tokens share."""
+
+    def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None, routing: Routing, act: str, layout: Layout):
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
+        self.routing, self.act, self.layout = routing, act, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.routed(x.reshape(-1, x.shape[-1]))
+        if self.layout.tp is not None:
+            y = all_reduce(y, self.layout.tp.name)
+        y = y.view(x.shape)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
+
+    def routed(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) -> the share of the experts of this rank's `dp` group."""
+        e, r, dp = self.experts, self.routing, self.layout.dp
+        params = e.static("input")
+        if e.params and not params:
+            params = params_from_amax(amax(x) if dp is None else all_reduce_max(amax(x), dp.name), e.fmt)
+        routed = self.gate.weight, self.gate.e_score_correction_bias, r.k, r.groups, r.top_groups, r.scale, r.how
+        mine = e.first_expert, e.weights("gate"), e.weights("up"), e.weights("down"), e.static("down_input"), self.act, e.fmt
+        if dp is not None and self.layout.counts:
+            return expert_parallel(x, params, *routed, *mine, self.layout.counts, dp.name)
+        parts = [x] if e.fmt == "bf16" else quantize(x, params, e.fmt)
+        ids, weights = route(x, *routed)
+        if dp is None:
+            return experts(parts, params, ids, weights, *mine, x.dtype)
+        *parts, ids, weights = all_gather([*parts, ids, weights], dp.name)
+        return reduce_scatter(experts(parts, params, ids, weights, *mine, x.dtype), dp.name)
+
+
+def idle(model: nn.Module) -> None:
+    """Take part in a step for which this rank has no tokens (`parallelize` with dp): its experts work for those of the others."""
+    model.layout.begin(0)
+    for block in model.modules():
+        if isinstance(block, MoE):
+            block(block.gate.weight.new_empty((0, block.gate.weight.shape[1]), dtype=block.experts.dtype))
+
+
+def is_moe(module: nn.Module) -> bool:
+    """Does a module choose among experts?"""
+    return isinstance(getattr(module, "experts", None), nn.Module)
+
+
+def replace_blocks(model: nn.Module, over: Layout, format_of: Callable[[str], str]) -> list[str]:
+    """Put `MoE` in the place of every block that chooses among experts; -> the names of the blocks.
+
+    InputError for a block, an activation or a number of experts that is not supported.
+    """
+    config = model.config.get_text_config()
+    found = []
+    for name, block in list(model.named_modules()):
+        if not is_moe(block):
+            continue
+        if (family := FAMILIES.get(type(block).__name__)) is None:
+            raise InputError(f"{name}: {type(block).__name__} is not a mixture of experts that is known here; known are "
+                             f"{', '.join(FAMILIES)}")
+        if config.hidden_act not in ACTIVATIONS:
+            raise InputError(f"{name}: the activation {config.hidden_act!r} of its experts is not supported; supported are "
+                             f"{', '.join(ACTIVATIONS)}")
+        n, hidden, intermediate = block.experts.down_proj.shape
+        if n % over.parts:
+            raise InputError(f"{name}: {n} experts do not divide over {over.parts} ranks; use another number of ranks")
+        own = Experts(f"{name}.experts", even(n, over.place, over.parts), hidden, intermediate, format_of(f"{name}.experts"),
+                      block.experts.down_proj)
+        own.fill(block.experts.gate_up_proj, block.experts.down_proj)
+        router = Router(block.gate.weight, getattr(block.gate, "e_score_correction_bias", None))
+        model.set_submodule(name, MoE(router, own, getattr(block, "shared_experts", None), family.routing(config),
+                                      config.hidden_act, over))
+        found.append(name)
+    return found
