@@ -85,14 +85,15 @@ def router_args(c: Case) -> tuple:
 
 def stacked(c: Case, n: int, k: int, key: int) -> list[Tensor]:
     """The weights of this rank's experts."""
-    f = formats.get(c.fmt)
-    made = [f.quantize_weight(torch.randn(n, k, generator=c.generator(key, e)).to(c.dtype) / k**0.5) for e in range(EXPERTS // c.world)]
+    ws = [torch.randn(n, k, generator=c.generator(key, e)).to(c.dtype) / k**0.5 for e in range(EXPERTS // c.world)]
+    made = [formats.get(c.fmt).quantize_weight(w) for w in ws]
     return [torch.stack(parts) for parts in zip(*made, strict=True)]
 
 
 def expert_weights(c: Case) -> tuple:
     mid = [p.expand(EXPERTS // c.world).clone() for p in c.params()] if c.tokens % 2 else []
-    return (torch.tensor(c.rank * EXPERTS // c.world), stacked(c, MID, K, 9), stacked(c, MID, K, 10), stacked(c, K, MID, 11), mid, "silu")
+    first = torch.tensor(c.rank * EXPERTS // c.world)
+    return first, stacked(c, MID, K, 9), stacked(c, MID, K, 10), stacked(c, K, MID, 11), mid, "silu"
 
 
 def chosen(c: Case) -> tuple[Tensor, Tensor]:
@@ -157,7 +158,8 @@ SAMPLES = {
     "dispatch": Sample(lambda c: iter([(c.random(c.tokens, K), c.params(), *router_args(c), c.fmt, c.group)]), LINEAR, True),
     "expert_parallel": Sample(lambda c: iter([
         (c.random(c.tokens, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, [], c.group),
-        (c.random(c.tokens + c.rank, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, counts(c), c.group)]), LINEAR, True),
+        (c.random(c.tokens + c.rank, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, counts(c), c.group)]),
+        LINEAR, True),
     "all_reduce_norm_quant": Sample(lambda c: iter([
         (c.random(c.tokens, K), residual, *norm_args(c), c.params(), c.fmt, keep, c.group)
         for residual, keep in ((None, True), (c.random(c.tokens, K, key=5), c.fmt == "bf16"))]), ALL, True),

@@ -89,8 +89,8 @@ class Layout:
         self.begin(tokens)
         counts, self.counts = self.counts, []
         if len(set(counts)) > 1:
-            raise InputError(f"the ranks hold {counts} tokens and a compiled step needs as many on each; pad all to {max(counts)}, or "
-                             "run the model without compiling it")
+            raise InputError(f"the ranks hold {counts} tokens and a compiled step needs as many on each; pad all to {max(counts)}, "
+                             "or run the model without compiling it")
 
 
 def layout(group: Group, dp: int | None, tp: int | None, ep: int | None) -> Layout:
@@ -132,8 +132,8 @@ class Experts(nn.Module):
         self.shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
         for projection, (n, k) in self.shapes.items():
             if k % f.k_multiple:
-                raise FormatError(f"{name}: {fmt} needs a multiple of {f.k_multiple} input features and the {projection} projections "
-                                  f"have {k}; use another quantization")
+                raise FormatError(f"{name}: {fmt} needs a multiple of {f.k_multiple} input features and the {projection} "
+                                  f"projections have {k}; use another quantization")
             for part in f.weight_parts:
                 dtype = like.dtype if fmt == "bf16" else part.dtype
                 self.register_buffer(f"{projection}_{part.name}", like.new_empty((mine.size, *part.shape(n, k)), dtype=dtype))
@@ -174,7 +174,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """(..., hidden) -> the same: every token's experts, and what all tokens share."""
 
-    def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None, routing: Routing, act: str, layout: Layout):
+    def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None, routing: Routing, act: str,
+                 layout: Layout):
         super().__init__()
         self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
         self.routing, self.act, self.layout = routing, act, layout
