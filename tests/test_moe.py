@@ -350,7 +350,7 @@ def test_all_to_all_sends_what_was_chosen(ranks, meter):
     record = 128 // 2 + 128 // 16 + 3 + 12
     assert [what for what, _ in log] == ["all_to_all", "exchange", "exchange"]
     assert log[0][1] == 24 and log[1][1] == reached * record
-    expected = transport.costs(b.x[0], b.routing[0], 3, 4, "nvfp4", 200, 4)
+    expected = moe.transports(b.x[0], b.routing[0], 3, 4, "nvfp4", 200, 4)
     assert reached < 600 and expected["all_to_all"][0] < expected["all_gather"][0] == 3 * 200 * (record + 256)
 
 

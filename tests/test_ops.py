@@ -151,6 +151,7 @@ SAMPLES = {
     "all_gather_v": Sample(lambda c: iter([
         ([c.random(c.tokens + c.rank, 7), c.random(c.tokens + c.rank, 3, dtype=torch.float32)], counts(c), c.group)]), PLAIN, True),
     "reduce_scatter_v": Sample(lambda c: iter([(c.random(sum(counts(c)), 7), counts(c), c.group)]), PLAIN, True),
+    "place": Sample(lambda c: iter([(3, c.group, torch.device("cpu"))]), PLAIN, True),
     "grouped_matmul": Sample(lambda c: iter([
         (c.parts(c.tokens), c.params(), stacked(c, N, K, 9), torch.tensor([0, 0, *[c.tokens // 2] * 4, c.tokens - 1, c.tokens - 1])
          .clamp(min=0), c.fmt, c.dtype)]), LINEAR),

@@ -62,6 +62,8 @@ class Compiled:
             t = bound.get(name)
             if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
                 compat.mark_dynamic(t, dim)
+        if (ranks := getattr(self.model, "layout", None)) is not None and not self.capture_only:
+            ranks.begin_equal(next(t for t in bound.values() if isinstance(t, torch.Tensor)).numel())
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for m in self._hooked:  # training's business, which Dynamo refuses to trace
                 stack.callback(setattr, m, "_backward_hooks", m._backward_hooks)
@@ -86,7 +88,7 @@ class Compiled:
         index = len(self.captures) - 1
         self._agree(found, f"graph {index}", {"sizes": str(found.tokens(1)), "codegen": self.config.codegen,
                                               "plan": self.config.plan})
-        for name, nbytes in sorted(found.workspace_bytes(self.config.max_tokens).items()):
+        for name, nbytes in found.workspace_bytes(self.config.max_tokens).items():  # in the order of the graph
             if name not in self._prepared:
                 group = resolve(name)
                 tuning.use(group, tuning.load(self.config.tuning, group, found.device), found.link)
@@ -106,7 +108,8 @@ class Compiled:
         for r in found.ranges:
             for name, plan in r.plans.items():
                 facts[f"{name} graph from {r.first} tokens"] = hashlib.sha256(program(plan).encode()).hexdigest()[:16]
-        for name in sorted({op_of(n).group(*n.args) for n in found.unfused.calls()}):
+        # in the order of the graph, which is the same on all ranks: names of groups that only some ranks are in are not
+        for name in dict.fromkeys(op_of(n).group(*n.args) for n in found.unfused.calls()):
             agree(resolve(name), topic, facts)
 
     def _dispatch(self, found: Capture, index: int, inputs: list) -> Any:
@@ -159,7 +162,14 @@ def program(plan: Plan) -> str:
 
     calls = [(n, o) for n in plan.gm.graph.nodes if (o := op_of(n)) is not None]
     shown = {True: what_travels, False: lambda a: "_"}
-    return "\n".join(f"{n.target} {torch.fx.map_arg(n.args, shown['group' in o.params])}" for n, o in calls)
+    groups = {name: f"group {i}" for i, name in enumerate(dict.fromkeys(  # rows and columns of ranks have names of their own
+        o.group(*n.args) for n, o in calls if "group" in o.params))}
+
+    def args(n: torch.fx.Node, o: Any) -> tuple:
+        named = [groups[a] if p == "group" else a for p, a in zip(o.params, n.args, strict=True)]
+        return tuple(torch.fx.map_arg(named, shown["group" in o.params]))
+
+    return "\n".join(f"{n.target} {args(n, o)}" for n, o in calls)
 
 
 def cache_tag(plan: Plan, config: Config) -> str:

@@ -16,7 +16,8 @@ from .lower import choice
 from .plan import Capture, Plan, Site
 from .rewrite import Verdict
 
-FUSING = {"fuse_all_gather_matmul", "fuse_matmul_reduce_scatter", "fuse_all_reduce_norm_quant"}
+FUSING = {"fuse_all_gather_matmul", "fuse_matmul_reduce_scatter", "fuse_all_reduce_norm_quant", "fuse_dispatch",
+          "fuse_expert_parallel"}
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,16 @@ def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
 def _leftover(found: Capture, plan: Plan, n: fx.Node, verdicts: list[Verdict], size: int) -> tuple[str, bool]:
     """Why a primitive collective is still there, and whether that could have been avoided."""
     anchored = {all_reduce: ("fuse_all_reduce_norm_quant", "split_all_reduce"),
-                all_gather: ("fuse_all_gather_matmul",), reduce_scatter: ("fuse_matmul_reduce_scatter",)}[op_of(n)]
+                all_gather: ("fuse_dispatch", "fuse_all_gather_matmul"),
+                reduce_scatter: ("fuse_expert_parallel", "fuse_matmul_reduce_scatter")}[op_of(n)]
     if plan.name == "unfused":
         return "nothing was to be fused", False
     if plan.refused:
         return plan.refused, True
-    misses = [v for v in verdicts if v.kind == "missed" and v.rule in anchored]
-    if misses:
-        return misses[-1].why, misses[-1].avoidable
+    misses = sorted((v for v in verdicts if v.kind == "missed" and v.rule in anchored), key=lambda v: anchored.index(v.rule))
+    if misses:  # the most particular rule's, and its last word
+        last = [v for v in misses if v.rule == misses[0].rule][-1]
+        return last.why, last.avoidable
     off = [r for r in anchored if not found.config.allows(r, found.tokens(size))]
     if off:
         return f"the rule {off[0]} is switched off at {found.tokens(size)} tokens", False

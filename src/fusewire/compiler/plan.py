@@ -16,7 +16,7 @@ from ..config import GLOO, NVLINK, Config, Link
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter, world_size
 from . import adopt, cost, tokens
-from .lower import lower
+from .lower import choice, lower
 from .passes import PLANS
 from .rewrite import Verdict, merge_equal_calls, outputs, run, val
 
@@ -57,7 +57,8 @@ class Plan:
             known: dict[Any, tuple[Any, int]] = {}
             found = [(n, *cost.wire(n, known)) for n in self.gm.graph.nodes if n.op == "call_function"]
             self._wire = [w for w in found if w[2]]
-        return [(n, cost.at(b, self.symbol, size // self.multiple), m) for n, b, m in self._wire]
+        at = self.at(size)
+        return [(n, *(_wire_of_choice(n, at) or (at(b), m))) for n, b, m in self._wire]
 
     def at(self, size: int) -> Callable[[Any], int]:
         """How to read a size of this graph's fake values, where the captured token symbol is `size`."""
@@ -71,6 +72,14 @@ class Plan:
         """(bytes, messages) that a rank sends in one run."""
         found = self.wire(size)
         return sum(b for _, b, _ in found), sum(m for _, _, m in found)
+
+
+def _wire_of_choice(n: fx.Node, at: Callable[[Any], int]) -> tuple[int, int] | None:
+    """(bytes, messages) of a call whose backend does not send what the unfused program sends."""
+    if not any(b.wire for b in op_of(n).backends) or (own := choice(n, at).backend.wire) is None:
+        return None
+    nbytes, messages = own(*val(n.args))
+    return at(nbytes), messages
 
 
 @dataclass

@@ -89,14 +89,20 @@ class ColumnParallelLinear(ShardedLinear):
 
 
 class RowParallelLinear(ShardedLinear):
-    """(..., k of this rank) -> (..., n), summed over the ranks; the bias is zero on all ranks but the first."""
+    """(..., k of this rank) -> (..., n), summed over the ranks; the bias is zero on all ranks but the first.
+
+    `reduces` is False where whoever calls it adds something to this rank's share first, and sums then.
+    """
+
+    reduces = True
 
     def set_bias(self, bias: Tensor) -> None:
         # a rank without a bias would have another graph than the rank that adds it
         self.bias = bias if self.cols.start == 0 else torch.zeros_like(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = all_reduce(self.multiply(x.reshape(-1, x.shape[-1])), self.group)
+        y = self.multiply(x.reshape(-1, x.shape[-1]))
+        y = all_reduce(y, self.group) if self.reduces else y
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -17,7 +17,7 @@ from ..errors import FormatError, InputError
 from ..group import Group, grid
 from ..ops.collectives import all_gather, all_reduce, all_reduce_max, reduce_scatter
 from ..ops.dense import amax, params_from_amax, quantize
-from ..ops.moe import ACTIVATIONS, exchange_counts, expert_parallel, experts, route
+from ..ops.moe import ACTIVATIONS, exchange_counts, expert_parallel, experts, place, route
 from .slices import Slice, cut, even, has_data, whole
 
 PROJECTIONS = ("gate", "up", "down")
@@ -67,8 +67,8 @@ FAMILIES = {
 class Layout:
     """How a model's ranks share the work: dp * tp ranks, all of which hold experts.
 
-    tp      the group over which heads and dense layers are cut, whose ranks hold the same tokens; None: one rank
-    dp      the group of ranks that hold different tokens and the same part of everything else; None: one rank
+    tp      the group over which heads and dense layers are cut, whose ranks hold the same tokens; None: nothing of that is cut
+    dp      the group of ranks that hold different tokens and the same part of everything else; None: all hold the same tokens
     place   which part of the experts this rank holds, of `parts`: consecutive over `dp`
     counts  tokens of each rank of `dp` in this step; empty: as many on each
     """
@@ -78,6 +78,12 @@ class Layout:
     place: int
     parts: int
     counts: list[int] = field(default_factory=list)
+
+    def first(self, n: int, device: torch.device) -> Tensor:
+        """The first expert of this rank, where each has n: an int64 scalar."""
+        if self.dp is None or self.tp is None:
+            return place(n, (self.dp or self.tp).name, device)  # type: ignore[union-attr]
+        return place(n, self.dp.name, device) + place(n * self.dp.world_size, self.tp.name, device)
 
     def begin(self, tokens: int) -> None:
         """Ask the other ranks of `dp` how many tokens they hold: a collective, once a step."""
@@ -103,7 +109,7 @@ def layout(group: Group, dp: int | None, tp: int | None, ep: int | None) -> Layo
     if ep not in (None, n):
         raise InputError(f"ep={ep}: experts are spread over all {n} ranks; leave ep out, or give ep={n}")
     if dp == 1 or tp == 1:
-        return Layout(group if dp == 1 and n > 1 else None, group if dp > 1 else None, group.rank(), n)
+        return Layout(group if dp == 1 else None, group if dp > 1 else None, group.rank(), n)
     column, row = grid(group, tp)
     return Layout(row, column, row.rank() * dp + column.rank(), n)
 
@@ -122,7 +128,7 @@ class Experts(nn.Module):
 
     Buffers, for each of gate, up and down: `<name>_<part>` for each weight part and weight param of the format, stacked by
     expert, and `<name>_input_<param>`, or None where it is dynamic: a scalar for gate and up, which read the same tokens, and
-    (experts,) for down. `first_expert` is int64 ().
+    (experts,) for down.
     """
 
     def __init__(self, name: str, mine: Slice, hidden: int, intermediate: int, fmt: str, like: Tensor):
@@ -144,7 +150,6 @@ class Experts(nn.Module):
         for param in f.params:
             self.register_buffer(f"input_{param}", None)
             self.register_buffer(f"down_input_{param}", None)
-        self.register_buffer("first_expert", torch.tensor(mine.start, device=like.device))
 
     def weights(self, projection: str) -> list[Tensor]:
         return [getattr(self, f"{projection}_{part}") for part in self.parts]
@@ -172,7 +177,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """(..., hidden) -> the same: every token's experts, and what all tokens share."""
+    """(..., hidden) -> the same: every token's experts, and those that all tokens share, whose last layer leaves its sum to us."""
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None, routing: Routing, act: str,
                  layout: Layout):
@@ -181,11 +186,13 @@ class MoE(nn.Module):
         self.routing, self.act, self.layout = routing, act, layout
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.routed(x.reshape(-1, x.shape[-1]))
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.routed(flat)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(flat)
         if self.layout.tp is not None:
             y = all_reduce(y, self.layout.tp.name)
-        y = y.view(x.shape)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        return y.view(x.shape)
 
     def routed(self, x: Tensor) -> Tensor:
         """(tokens, hidden) -> the share of the experts of this rank's `dp` group."""
@@ -194,7 +201,8 @@ class MoE(nn.Module):
         if e.params and not params:
             params = params_from_amax(amax(x) if dp is None else all_reduce_max(amax(x), dp.name), e.fmt)
         routed = self.gate.weight, self.gate.e_score_correction_bias, r.k, r.groups, r.top_groups, r.scale, r.how
-        mine = e.first_expert, e.weights("gate"), e.weights("up"), e.weights("down"), e.static("down_input"), self.act, e.fmt
+        first = self.layout.first(e.mine.size, x.device)
+        mine = first, *map(e.weights, PROJECTIONS), e.static("down_input"), self.act, e.fmt
         if dp is not None and self.layout.counts:
             return expert_parallel(x, params, *routed, *mine, self.layout.counts, dp.name)
         parts = [x] if e.fmt == "bf16" else quantize(x, params, e.fmt)

@@ -99,6 +99,10 @@ def shard(model: nn.Module, ranks: Group, format_of: Callable[[str], str], over:
         for child, style in children.items():
             name = f"{parent}.{child}" if parent else child
             setattr(module, child, _linear(name, getattr(module, child), style, dims.get(child), group or ranks, format_of))
+    for block in blocks:
+        for m in model.get_submodule(block).modules():
+            if isinstance(m, RowParallelLinear):  # of shared experts
+                m.reduces = False
     _norms(model)
     if blocks and over.dp is not None:
         model.layout = over

@@ -182,7 +182,13 @@ def _total(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]:
     return [t.new_empty((sum(counts), *t.shape[1:])) for t in x]
 
 
-@op(fake=_total, wire=lambda x, counts, group: (world_size(group) - 1) * nbytes(x))
+def _mean_sent(x: list[Tensor], counts: list[int]) -> int:
+    """What a rank sends of rows of which each rank has its count, on average: the same number on every rank, for what ranks
+    decide by it they must decide alike."""
+    return (len(counts) - 1) * (sum(counts) // len(counts)) * nbytes([t.new_empty((1, *t.shape[1:])) for t in x])
+
+
+@op(fake=_total, wire=lambda x, counts, group: _mean_sent(x, counts))
 def all_gather_v(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]:
     """Each (counts[rank], n) -> (sum of counts, n), in rank order: `all_gather` for ranks that hold different numbers of tokens.
 
@@ -196,7 +202,7 @@ def all_gather_v(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]
 
 
 @op(fake=lambda x, counts, group: x.new_empty((counts[resolve(group).rank()], *x.shape[1:])),
-    wire=lambda x, counts, group: nbytes([x]) - nbytes([x[:counts[resolve(group).rank()]]]))
+    wire=lambda x, counts, group: _mean_sent([x], counts))
 def reduce_scatter_v(x: Tensor, counts: list[int], group: str) -> Tensor:
     """(sum of counts, n) -> (counts[rank], n): the sum over ranks of this rank's rows, the bits of `reduce_scatter`."""
     _check_counts([x], counts, group, "reduce_scatter_v", whole=True)
@@ -221,6 +227,13 @@ def exchange_counts(tokens: int, group: str) -> list[int]:
 
 
 # --- experts
+
+
+@op(fake=lambda n, group, device: torch.empty((), dtype=torch.int64, device=device))
+def place(n: int, group: str, device: torch.device) -> Tensor:
+    """n * rank, an int64 scalar: the first of n things that each rank of a group holds. The rank is
+    looked up when it runs, so graphs of different ranks are the same graph."""
+    return torch.tensor(n * resolve(group).rank(), device=device)
 
 
 def _grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
@@ -293,7 +306,7 @@ def experts(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor,
 
     x            the parts of (tokens, hidden), with params
     ids, weights (tokens, k) as from `route`
-    first        int64 scalar: this rank's experts are `first` and those that follow, as many as the weights below hold
+    first        int64 scalar (see `place`): this rank's experts are this one and those that follow, as many as there are weights
     gate, up     weights (intermediate, hidden), down (hidden, intermediate), stacked by expert as `grouped_matmul` takes them
     mid_params   of down's input, static, each (experts,); empty: dynamic, of each expert's own rows
     act          a name of ACTIVATIONS
@@ -327,7 +340,7 @@ def dispatch(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | Non
     return [*parts, ids, weights]
 
 
-@op
+@op(rows=("x",))
 def expert_parallel(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                     scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
                     mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> Tensor:
@@ -349,3 +362,14 @@ def expert_parallel(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tenso
 def ranks_reached(experts_in_all: int, experts_a_rank: int, k: int) -> float:
     """The chance that a token goes to a given rank, if all sets of k experts are as likely."""
     return 1 - math.comb(experts_in_all - experts_a_rank, k) / math.comb(experts_in_all, k)
+
+
+def transports(x: Tensor, weight: Tensor, k: int, n: int, fmt: str, tokens: int, world: int) -> dict[str, tuple[int, int]]:
+    """Transport -> (bytes, messages) that a rank sends, dispatch and combine, for `tokens` of its own.
+
+    The bytes of the all-to-all are those that are expected if every set of k experts is as likely.
+    """
+    a_token = record_bytes(x, weight, k, fmt) + x.shape[1] * x.element_size()
+    reached = round(ranks_reached(weight.shape[0], n, k) * 2**20)
+    return {"all_gather": ((world - 1) * tokens * a_token, 2),
+            "all_to_all": ((world - 1) * (tokens * a_token * reached // 2**20 + 8), 3)}

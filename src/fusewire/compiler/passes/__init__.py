@@ -1,11 +1,11 @@
 """The rules, by plan. A plan runs its passes in order; every rule can be switched off, or bounded in tokens, by name."""
 from ...config import Config
 from ...errors import InputError
-from . import all_reduce_norm, async_tp, boundary, sequence_parallel
+from . import all_reduce_norm, async_tp, boundary, moe, sequence_parallel
 
 PLANS = {
-    "replicated": (all_reduce_norm.rules, async_tp.rules),
-    "sharded": (sequence_parallel.rules, async_tp.rules, boundary.rules),
+    "replicated": (all_reduce_norm.rules, moe.rules, async_tp.rules),
+    "sharded": (sequence_parallel.rules, moe.rules, async_tp.rules, boundary.rules),
 }
 RULES = {r.name: r for passes in PLANS.values() for rules in passes for r in rules}
 
