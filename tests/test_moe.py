@@ -11,8 +11,9 @@ import torch
 from dist import run_ranks
 from torch import Tensor, nn
 
-from fusewire import formats
+from fusewire import formats, tuning
 from fusewire.backends import moe as transport
+from fusewire.config import GLOO
 from fusewire.errors import FormatError, InputError
 from fusewire.group import close, fake_group, grid, resolve, simulate, simulated_group
 from fusewire.models import idle, parallelize
@@ -355,13 +356,14 @@ def test_all_to_all_sends_what_was_chosen(ranks, meter):
 
 
 def test_the_transport_is_chosen_by_bytes_and_messages(ranks):
-    """Few tokens: the all-gather, for it has fewer messages. Many tokens on many ranks: the all-to-all. Reasons have numbers."""
-    few, many = (Block(ranks(4), "nvfp4", counts=(n,) * 4, hidden=512) for n in (2, 4096))
-    choice = expert_parallel.select(*few.args(0))
-    assert choice.backend.name == "reference"
-    assert choice.refused == ["all_to_all: for 2 tokens a rank it would send about 4857 bytes in 3 messages, and the all-gather "
-                              "sends 7962 in 2"]
-    assert expert_parallel.select(*many.args(0)).backend.name == "all_to_all"
+    """Few tokens: the all-gather, for it has fewer messages. Many tokens on many ranks: the all-to-all."""
+    few, many = (Block(ranks(4), "nvfp4", counts=(n, 0, n, 2 * n), hidden=512) for n in (2, 4096))
+    for b, name in ((few, "reference"), (many, "all_to_all")):
+        tuning.use(b.group, None, GLOO)
+        chosen = {expert_parallel.select(*b.args(rank)).backend.name for rank in range(4)}  # whatever a rank itself holds
+        assert chosen == {name} and expert_parallel.select(*b.args(0)).how == "modelled"
+    found = moe.transports(few.x[0], few.routing[0], 3, 4, "nvfp4", 2, 4)
+    assert found == {"all_gather": (3 * 2 * (256 + 32 + 3 + 12 + 1024), 2), "all_to_all": (4857, 3)}
     assert moe.ranks_reached(256, 128, 8) == pytest.approx(0.9966, abs=1e-4)
 
 

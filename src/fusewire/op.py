@@ -185,8 +185,8 @@ class Op:
         shapes = _map_tensors(lambda t: _shape_of(t, at), args)
 
         def seconds(b: Backend) -> float:
-            own = dict(zip(("bytes", "messages"), b.wire(*shapes), strict=True)) if b.wire else {}
-            return b.seconds(usage._replace(**own))  # type: ignore[misc]
+            sent, messages = b.wire(*shapes) if b.wire else (usage.bytes, usage.messages)
+            return b.seconds(usage._replace(bytes=sent, messages=messages))  # type: ignore[misc]
 
         return Choice(min(able, key=seconds), refused, "modelled")
 

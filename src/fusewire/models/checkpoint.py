@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,24 +16,28 @@ from .. import formats
 from ..errors import FormatError, InputError
 from ..group import Group
 from .files import FLOATS, Tensors, one_line, read_json
-from .layers import ColumnParallelLinear, GatheredLinear, ShardedLinear, VocabParallelEmbedding
+from .layers import ColumnParallelLinear, GatheredLinear, ShardedLinear, VocabParallelEmbedding, WholeLinear
+from .moe import Experts, layout
 from .parallelize import format_name, resolve, shard
 from .slices import Slice, blocks, whole
 from .stored import PLAIN, Scalar, Stored, stored_of
 
 IGNORED = ("k_scale", "v_scale", "q_scale", "output_scale", "kv_scale", "inv_freq")  # ends of names of what is not used here
 _building = threading.Lock()  # transformers sets torch's default dtype meanwhile, for all threads; ranks can be threads
+TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa")
 PLAUSIBLE = 1e-4, 1e3  # largest |weight| of a layer: a scale taken for its reciprocal is far outside
 
 
 def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quantization: str | None = None,
-         progress: Callable[[int, int, str], None] | None = None, device: str | torch.device = "cpu") -> nn.Module:
+         progress: Callable[[int, int, str], None] | None = None, device: str | torch.device = "cpu", *, dp: int | None = None,
+         tp: int | None = None, ep: int | None = None) -> nn.Module:
     """This rank's shard of the model in a folder, parallelized over `group`.
 
     path          a folder with config.json and *.safetensors, or the name of a model on the Hugging Face hub
     group         as for `parallelize`
     quantization  of a checkpoint of plain floats: as for `parallelize`, done while loading. A quantized checkpoint (FP8 per
                   tensor or per 128x128 block, compressed-tensors FP8 and NVFP4, ModelOpt FP8 and NVFP4) says its own.
+    dp, tp, ep    as for `parallelize`; of a mixture of experts a rank reads its own experts
     progress      called as (done, total, name) after each module that has weights
     -> the model on `device`. Its dtype is the config's. `bytes_read` of it is how many bytes of tensors were read.
 
@@ -57,7 +62,7 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quant
         stored[name] = s
         return s.fmt if quant_config is not None else wanted
 
-    shard(model, group, format_of)
+    shard(model, group, format_of, layout(group, dp, tp, ep))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     if quant_config is not None and all(s == PLAIN for s in stored.values()):
@@ -65,10 +70,16 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quant
                          "config and weights are of different exports")
     modules = _modules(model)
     for name, module in modules:
-        _expect(tensors, name, module, stored.get(name, PLAIN))
+        if isinstance(module, Experts):
+            _expect_experts(tensors, module, given)
+        else:
+            _expect(tensors, getattr(module, "stored", name), module, stored.get(name, PLAIN))
     _report_unused(tensors, modules, stored, tied)
     for i, (name, module) in enumerate(modules):
-        _fill(tensors, name, module, stored.get(name, PLAIN), device)
+        if isinstance(module, Experts):
+            _fill_experts(tensors, module, stored[module.stored(0, "gate")], device)
+        else:
+            _fill(tensors, getattr(module, "stored", name), module, stored.get(name, PLAIN), device)
         if progress:
             progress(i + 1, len(modules), name)
     if tied:
@@ -175,7 +186,62 @@ def _plain_tensors(module: nn.Module) -> dict[str, tuple[tuple[int, ...], tuple[
     return {n: (tuple(t.shape), tuple(map(whole, t.shape))) for n, t in tensors.items() if t is not None and t.is_meta}
 
 
-def _part_slices(module: ShardedLinear, i: int) -> tuple[Slice | None, Slice | None]:
+class Whole(NamedTuple):
+    """A linear layer that is not cut, as the functions below look at a ShardedLinear."""
+
+    whole_shape: tuple[int, int]
+    fmt: str
+
+    @property
+    def rows(self) -> Slice:
+        return whole(self.whole_shape[0])
+
+    @property
+    def cols(self) -> Slice:
+        return whole(self.whole_shape[1])
+
+
+def _expect_experts(tensors: Tensors, module: Experts, given: Callable[[str], Stored]) -> None:
+    """InputError unless the checkpoint holds this rank's experts, all in one way, and the scales of every expert's input."""
+    first = module.stored(0, "gate")
+    for e in range(module.total):
+        for projection, shape in module.shapes.items():
+            name = module.stored(e, projection)
+            if (stored := given(name)) != given(first):
+                raise InputError(f"{name} is held as {stored.fmt} and {first} as {given(first).fmt}, and the experts of a layer "
+                                 "are multiplied together; export them in one format")
+            if module.mine.start <= e < module.mine.stop:
+                _expect_weight(tensors, name, Whole(shape, module.fmt), stored)
+            elif projection != "down":
+                for scalar in stored.inputs:
+                    tensors.expect(f"{name}.{scalar.name}", tuple(FLOATS), (), (1,))
+
+
+def _fill_experts(tensors: Tensors, module: Experts, stored: Stored, device: str | torch.device) -> None:
+    """Read this rank's experts; gate and up, which read the same tokens in every expert, share the widest of all input scales."""
+    fmt, mine = formats.get(module.fmt), range(module.mine.start, module.mine.stop)
+    for name, buffer in list(module._buffers.items()):
+        if buffer is not None:
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    for i, e in enumerate(mine):
+        for projection, shape in module.shapes.items():
+            name, held = module.stored(e, projection), Whole(shape, module.fmt)
+            if stored == PLAIN:
+                w = _read_plain(tensors, f"{name}.weight", (held.rows, held.cols), module.dtype).to(device)
+                module.set_expert(i, projection, fmt.quantize_weight(w))
+            else:
+                module.set_expert(i, projection, [p.to(device) for p in _read_quantized(tensors, name, held, stored)])
+    if stored.inputs:
+        shared, down = [], []
+        for s in stored.inputs:
+            each = torch.stack([_read_scalar(tensors, f"{module.stored(e, p)}.{s.name}", s)
+                                for e in range(module.total) for p in ("gate", "up")])
+            shared.append((each.amin() if stored.fmt == "nvfp4" else each.amax()).to(device))
+            down.append(torch.stack([_read_scalar(tensors, f"{module.stored(e, 'down')}.{s.name}", s) for e in mine]).to(device))
+        module.set_inputs(shared, down)
+
+
+def _part_slices(module: ShardedLinear | Whole, i: int) -> tuple[Slice | None, Slice | None]:
     r, c = formats.get(module.fmt).weight_parts[i].block
     return blocks(module.rows, r), blocks(module.cols, c)
 
@@ -188,6 +254,10 @@ def _expect(tensors: Tensors, name: str, module: nn.Module, stored: Stored) -> N
         return
     if module.bias is not None:
         tensors.expect(f"{name}.bias", tuple(FLOATS), module.whole_shape[:1])
+    _expect_weight(tensors, name, module, stored)
+
+
+def _expect_weight(tensors: Tensors, name: str, module: ShardedLinear | Whole, stored: Stored) -> None:
     if stored == PLAIN:
         tensors.expect(f"{name}.weight", tuple(FLOATS), module.whole_shape)
         return
@@ -219,10 +289,7 @@ def _fill(tensors: Tensors, name: str, module: nn.Module, stored: Stored, device
         w = _read_plain(tensors, f"{name}.weight", (module.rows, module.cols), dtype).to(device)
         module.set_weight(fmt.quantize_weight(w))
     else:
-        parts = [_read_part(tensors, name, module, stored, i) for i in range(len(fmt.weight_parts))]
-        parts += [_read_scalar(tensors, f"{name}.{s.name}", s) for s in stored.scalars]
-        _check_plausible(tensors, f"{name}.{stored.parts[0]}", stored, parts)
-        module.set_weight([p.to(device) for p in parts])
+        module.set_weight([p.to(device) for p in _read_quantized(tensors, name, module, stored)])
         if stored.inputs:
             module.set_params([_read_scalar(tensors, f"{name}.{s.name}", s).to(device) for s in stored.inputs])
     if module.bias is not None:
@@ -236,7 +303,15 @@ def _read_plain(tensors: Tensors, name: str, dims: tuple[Slice, ...], dtype: tor
     return x.to(dtype)
 
 
-def _read_part(tensors: Tensors, name: str, module: ShardedLinear, stored: Stored, i: int) -> Tensor:
+def _read_quantized(tensors: Tensors, name: str, module: ShardedLinear | Whole, stored: Stored) -> list[Tensor]:
+    """`[*weight_parts, *weight_params]` of this rank's part of a linear layer."""
+    parts = [_read_part(tensors, name, module, stored, i) for i in range(len(formats.get(module.fmt).weight_parts))]
+    parts += [_read_scalar(tensors, f"{name}.{s.name}", s) for s in stored.scalars]
+    _check_plausible(tensors, f"{name}.{stored.parts[0]}", stored, parts)
+    return parts
+
+
+def _read_part(tensors: Tensors, name: str, module: ShardedLinear | Whole, stored: Stored, i: int) -> Tensor:
     """One weight part: the codes, or scales that must be finite and not negative (and zero only where a format allows it)."""
     part, tensor = formats.get(stored.fmt).weight_parts[i], f"{name}.{stored.parts[i]}"
     if i and stored.expand and tensors.header(tensor)[1] in ((), (1,)):
@@ -283,7 +358,9 @@ def same_inputs(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, Sharded
         same: dict[tuple, list[tuple[str, ShardedLinear]]] = {}
         for name, m in parent.named_children():
             if isinstance(m, ColumnParallelLinear) and m.param_names and getattr(m, m.param_names[0]) is not None:
-                same.setdefault((m.fmt, m.cols), []).append((name, m))
+                # of layers that are cut the plan says it: a column is followed by a row; of those that are not, their names
+                one = next((names for names in TOGETHER if name in names), (name,)) if isinstance(m, WholeLinear) else ()
+                same.setdefault((m.fmt, m.cols, one), []).append((name, m))
         for layers in same.values():
             yield parent_name, layers
 
@@ -306,9 +383,16 @@ def _report_unused(tensors: Tensors, modules: list[tuple[str, nn.Module]], store
     """Warn about tensors of the checkpoint that nothing reads."""
     used = {"lm_head.weight"} if tied else set()
     for name, module in modules:
+        if isinstance(module, Experts):
+            name = module.stored(0, "gate")
         s = stored.get(name, PLAIN)
         ends = [*s.parts, *(x.name for x in (*s.scalars, *s.inputs)), "bias", "input_scale", "input_global_scale"]
-        used.update(f"{name}.{end}" for end in (ends if isinstance(module, ShardedLinear) else _plain_tensors(module)))
+        if isinstance(module, Experts):
+            layers = [module.stored(e, p) for e in range(module.total) for p in module.shapes]
+            used.update(f"{layer}.{end}" for layer in layers for end in ends)
+        else:
+            own = ends if isinstance(module, ShardedLinear) else _plain_tensors(module)
+            used.update(f"{getattr(module, 'stored', name)}.{end}" for end in own)
     unused = [n for n in tensors if n not in used]
     kv = [n for n in unused if n.endswith(IGNORED[:-1])]
     if kv:

@@ -88,6 +88,10 @@ class ColumnParallelLinear(ShardedLinear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
+class WholeLinear(ColumnParallelLinear):
+    """A linear that is not cut: every rank has all of it."""
+
+
 class RowParallelLinear(ShardedLinear):
     """(..., k of this rank) -> (..., n), summed over the ranks; the bias is zero on all ranks but the first.
 

@@ -5,6 +5,7 @@ their results brought back; where ranks hold the same ones (`tp`), their shares 
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -120,21 +121,24 @@ class Router(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: Tensor | None):
         super().__init__()
         self.weight = weight
-        self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("e_score_correction_bias", None if bias is None else bias.float())
 
 
 class Experts(nn.Module):
-    """This rank's experts, `mine` of all: three weights each, held in a format.
+    """This rank's experts, `mine` of `total`: three weights each, held in a format.
+
+    `stored(expert, projection)` is the name that a checkpoint gives a linear layer, `expert` counting all of them.
 
     Buffers, for each of gate, up and down: `<name>_<part>` for each weight part and weight param of the format, stacked by
     expert, and `<name>_input_<param>`, or None where it is dynamic: a scalar for gate and up, which read the same tokens, and
     (experts,) for down.
     """
 
-    def __init__(self, name: str, mine: Slice, hidden: int, intermediate: int, fmt: str, like: Tensor):
+    def __init__(self, name: str, family: Family, mine: Slice, total: int, hidden: int, intermediate: int, fmt: str, like: Tensor):
         super().__init__()
         f = formats.get(fmt)
-        self.mine, self.fmt, self.dtype = mine, fmt, like.dtype
+        self.mine, self.total, self.fmt, self.dtype = mine, total, fmt, like.dtype
+        self.stored = functools.partial(stored_name, name, family)
         self.shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
         for projection, (n, k) in self.shapes.items():
             if k % f.k_multiple:
@@ -172,8 +176,24 @@ class Experts(nn.Module):
         found = [getattr(self, f"{prefix}_{param}") for param in self.params]
         return [] if not found or found[0] is None else found
 
+    def set_inputs(self, shared: list[Tensor], down: list[Tensor]) -> None:
+        """Take static params: scalars for the tokens, and (experts,) of this rank's for down's inputs."""
+        for param, x, y in zip(self.params, shared, down, strict=True):
+            setattr(self, f"input_{param}", x)
+            setattr(self, f"down_input_{param}", y)
+
     def extra_repr(self) -> str:
-        return f"{self.fmt}, experts {tuple(self.mine)}"
+        return f"{self.fmt}, experts {tuple(self.mine)} of {self.total}"
+
+
+def stored_name(name: str, family: Family, expert: int, projection: str) -> str:
+    """What a checkpoint calls a projection of an expert of the module `name` ("...mlp.experts")."""
+    return f"{in_files(name, family)}.{expert}.{family.names[PROJECTIONS.index(projection)]}"
+
+
+def in_files(name: str, family: Family) -> str:
+    """What a checkpoint calls a module of a block."""
+    return name.replace(".mlp.", f".{family.block}.")
 
 
 class MoE(nn.Module):
@@ -245,10 +265,12 @@ def replace_blocks(model: nn.Module, over: Layout, format_of: Callable[[str], st
         n, hidden, intermediate = block.experts.down_proj.shape
         if n % over.parts:
             raise InputError(f"{name}: {n} experts do not divide over {over.parts} ranks; use another number of ranks")
-        own = Experts(f"{name}.experts", even(n, over.place, over.parts), hidden, intermediate, format_of(f"{name}.experts"),
+        held = format_of(stored_name(f"{name}.experts", family, 0, "gate"))
+        own = Experts(f"{name}.experts", family, even(n, over.place, over.parts), n, hidden, intermediate, held,
                       block.experts.down_proj)
         own.fill(block.experts.gate_up_proj, block.experts.down_proj)
         router = Router(block.gate.weight, getattr(block.gate, "e_score_correction_bias", None))
+        router.stored = in_files(f"{name}.gate", family)
         model.set_submodule(name, MoE(router, own, getattr(block, "shared_experts", None), family.routing(config),
                                       config.hidden_act, over))
         found.append(name)

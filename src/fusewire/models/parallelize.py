@@ -13,7 +13,15 @@ from ..errors import InputError
 from ..group import Group, of_process_group
 from ..ops.norm import rms_norm
 from . import moe, slices
-from .layers import ColumnParallelLinear, GatheredLinear, RMSNorm, RowParallelLinear, ShardedLinear, VocabParallelEmbedding
+from .layers import (
+    ColumnParallelLinear,
+    GatheredLinear,
+    RMSNorm,
+    RowParallelLinear,
+    ShardedLinear,
+    VocabParallelEmbedding,
+    WholeLinear,
+)
 from .slices import Slice, cut, has_data, whole
 
 COLUMN, ROW, GATHERED, EMBEDDING = "colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"
@@ -69,6 +77,15 @@ def static_cache(model: nn.Module, batch: int, max_len: int):
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=max_len)
+    latent = sorted((m for m in model.modules() if hasattr(m, "kv_lora_rank")), key=lambda m: m.layer_idx)
+    for layer, m in zip(cache.layers, latent, strict=False):  # multi-head latent attention, which is whole on every rank
+        if hasattr(m, "expand_kv"):  # transformers keeps the latents and expands them after the cache
+            heads, k, v = 1, m.kv_lora_rank, m.qk_rope_head_dim
+        else:
+            heads, k, v = m.num_heads, m.qk_head_dim, m.v_head_dim
+        layer.lazy_initialization(*(torch.empty(batch, heads, 0, d, dtype=model.dtype, device=model.device) for d in (k, v)))
+    if latent:
+        return cache
     attentions = sorted((m for m in model.modules() if hasattr(m, "local_kv_heads")), key=lambda m: m.layer_idx)
     cache.early_initialization(batch, [m.local_kv_heads for m in attentions], [m.head_dim for m in attentions],
                                model.dtype, model.device)
@@ -95,7 +112,13 @@ def shard(model: nn.Module, ranks: Group, format_of: Callable[[str], str], over:
             by_parent.setdefault(parent, {})[child] = style
     for parent, children in by_parent.items():
         module = model.get_submodule(parent)
-        dims = {} if WHOLE in children.values() else _attention(parent, module, children, group) or {}
+        if WHOLE in children.values():
+            dims: dict[str, Slice] = {}
+            if hasattr(module, "head_dim") and hasattr(module, "k_proj"):
+                module.local_kv_heads = module.k_proj.out_features // module.head_dim
+        else:
+            assert group is not None, parent
+            dims = _attention(parent, module, children, group) or {}
         for child, style in children.items():
             name = f"{parent}.{child}" if parent else child
             setattr(module, child, _linear(name, getattr(module, child), style, dims.get(child), group or ranks, format_of))
@@ -182,7 +205,7 @@ def _linear(name: str, linear: nn.Linear, style: str, dim: Slice | None, group: 
     if style == GATHERED:
         return _gathered(linear, group, None)
     if style == WHOLE:
-        return _filled(ColumnParallelLinear, name, whole(linear.out_features), whole(linear.in_features), linear, group, format_of)
+        return _filled(WholeLinear, name, whole(linear.out_features), whole(linear.in_features), linear, group, format_of)
     split, what = (linear.in_features, "input") if style == ROW else (linear.out_features, "output")
     if dim is None:
         if split % group.world_size:

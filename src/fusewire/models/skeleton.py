@@ -13,6 +13,7 @@ from ..group import Group
 from .checkpoint import config_of, empty_model, folder_of, same_inputs
 from .files import read_json
 from .layers import ShardedLinear
+from .moe import Experts, is_moe
 from .parallelize import format_name, shard
 from .stored import PLAIN, stored_of
 
@@ -45,7 +46,8 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
     n = config.get_text_config().num_hidden_layers
     names = [name for name, m in _cut(config, 1, folder).named_modules() if isinstance(m, nn.Linear) and ".layers.0." in name]
     types = getattr(config.get_text_config(), "layer_types", None) or [None] * n
-    kinds = [(types[i], *(given(name.replace(".layers.0.", f".layers.{i}.")) for name in names)) for i in range(n)]
+    mixed = _mixed(config, n, folder)
+    kinds = [(types[i], mixed[i], *(given(name.replace(".layers.0.", f".layers.{i}.")) for name in names)) for i in range(n)]
     period = next(p for p in range(1, n + 1) if kinds[p:] == kinds[:-p])
     kept = n if full else min(n, period + 2 + (n - period - 2) % period)
     model = _cut(config, kept, folder)
@@ -60,6 +62,8 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
         if isinstance(module, ShardedLinear) and stored.get(name, PLAIN).inputs:
             for param in module.param_names:
                 setattr(module, param, torch.empty((), device="meta"))
+        if isinstance(module, Experts) and stored[module.stored(0, "gate")].inputs:
+            module.set_inputs(*([torch.empty(shape, device="meta") for _ in module.params] for shape in ((), module.mine.size)))
     for _, layers in same_inputs(model):
         for _, module in layers:
             module.set_params([getattr(layers[0][1], param) for param in module.param_names])
@@ -67,6 +71,16 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
     for i in range(n):  # the first layer and the last have neighbours of their own
         stands_for[i if kept == n or i == 0 else kept - 1 if i == n - 1 else 1 + (i - 1) % period].append(i)
     return Skeleton(model.to("meta"), n, stands_for)
+
+
+def _mixed(config, layers: int, folder: Path) -> list[bool]:
+    """Which layers choose among experts."""
+    text = config.get_text_config()
+    if not any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return [False] * layers
+    found = _cut(config, layers, folder)
+    names = [name for name, m in found.named_modules() if is_moe(m)]
+    return [any(f".layers.{i}." in f"{name}." for name in names) for i in range(layers)]
 
 
 def _cut(config, layers: int, folder: Path) -> nn.Module:

@@ -20,7 +20,7 @@ from .. import formats
 from ..errors import InputError
 from ..group import resolve
 from ..op import op
-from .collectives import all_gather, nbytes, reduce_scatter, world_size
+from .collectives import all_gather, nbytes, reduce_scatter
 from .dense import amax, matmul, params_from_amax, quantize
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
