@@ -419,5 +419,5 @@ def test_gloo_ranks_have_the_bits_of_threads(ranks, family, world, how):
     whole, group = model(family, torch.bfloat16, heads=8, kv_heads=8), ranks(world)
     shards = simulate(group, lambda rank: parallelize(copy.deepcopy(whole), group, **how))
     want = answers(shards, group, [tokens[rank // (world // how["dp"])] for rank in range(world)])
-    got = run_ranks(gloo_rank, world, world, family, how, tokens, timeout_s=60)
+    got = run_ranks(gloo_rank, world, world, family, how, tokens, timeout_s=90)
     assert all(torch.equal(g, torch.zeros(0) if w is None else w) for g, w in zip(got, want, strict=True))

@@ -1,0 +1,136 @@
+"""Mixture of experts on one GPU: route, quantize and pack by one kernel; a grouped matmul that pads no expert."""
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ... import formats
+from ...ops import moe
+from .launch import HIDDEN, block_of, processors
+
+TOKENS = 16  # that one program chooses experts for
+TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128, 256, 128), "fp8_block": (128, 128, 128)}
+"""Format -> (rows, columns, depth) of the grouped matmul's tiles."""
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _why_no_kernel(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"it runs on CUDA devices, not on {x.device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    if not _has_triton():
+        return "Triton is not installed"
+    if (capability := torch.cuda.get_device_capability(x.device)) < (9, 0):
+        return f"it needs compute capability 9.0, and this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def _why_not_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
+                  scale: float, how: str, fmt: str) -> str | None:
+    if (why := _why_no_kernel(x)) is not None:
+        return why
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return f"tokens and router must be of one 16-bit dtype, not {x.dtype} and {weight.dtype}"
+    if x.stride(1) != 1 or not weight.is_contiguous():
+        return "x and the router must be contiguous along hidden"
+    if (hidden := x.shape[1]) not in HIDDEN:
+        return f"hidden = {hidden} is not in {HIDDEN.start} to {HIDDEN.stop - 1}"
+    if formats.get(fmt).layout != "linear":
+        return f"{fmt} does not travel: its scales are swizzled"
+    at, fields = 0, moe.record_like(x, weight, k, fmt)
+    record = moe.record_bytes(x, weight, k, fmt)
+    for field in fields:
+        if at % field.element_size() or record % field.element_size():
+            return f"a record of {record} bytes, with {field.dtype} at byte {at}, is not aligned"
+        at += field.shape[1] * field.element_size()
+    n = weight.shape[0]
+    if n > 1024:
+        return f"{n} experts are more than 1024"
+    if top_groups < groups and not (_power_of_two(n) and _power_of_two(groups) and n // groups > 1):
+        return f"{groups} groups of {n} experts are not powers of two"
+    return None
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """`ops.moe.logits` on the tensor cores: a row's bits do not depend on the others, but are not the reference's."""
+    from . import moe_kernels
+
+    rows, n = x.shape[0], weight.shape[0]
+    out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
+    if rows:
+        tile = 64, 32, 64
+        moe_kernels.router_logits[-(-rows // tile[0]), -(-n // tile[1])](
+            x, weight, out, rows, HIDDEN=x.shape[1], EXPERTS=n, X_STRIDE=x.stride(0), ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2],
+            num_warps=4, num_stages=4)
+    return out
+
+
+@moe.route_quantize_pack.backend("triton", supports=_why_not_pack)
+def route_quantize_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int,
+                        top_groups: int, scale: float, how: str, fmt: str) -> Tensor:
+    return pack(x, logits(x, weight), params, weight, bias, k, groups, top_groups, scale, how, fmt)
+
+
+def pack(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
+         scale: float, how: str, fmt: str) -> Tensor:
+    """The op's second half: records of tokens whose logits (tokens, experts) float32 are known."""
+    from . import moe_kernels
+
+    rows, hidden = x.shape
+    widths = [t.shape[1] * t.element_size() for t in moe.record_like(x, weight, k, fmt)]
+    n, record, parts = weight.shape[0], sum(widths), sum(widths[:-2])
+    out = torch.empty(rows, record, dtype=torch.uint8, device=x.device)
+    if rows:
+        moe_kernels.route_quantize_pack[-(-rows // TOKENS) + rows,](
+            x, scores, scores if bias is None else bias, params[0] if params else scores, out, rows, scale,
+            HIDDEN=hidden, BLOCK=block_of(hidden), X_STRIDE=x.stride(0), FMT=fmt, RECORD=record, SCALES_AT=widths[0],
+            WEIGHTS_AT=parts, K=k, GROUPS=groups, TOP_GROUPS=top_groups, SIGMOID="sigmoid" in how,
+            RENORMALIZED=how.endswith("renormalized"),
+            HAS_BIAS=bias is not None, EXPERTS=n, EXPERTS_BLOCK=max(16, 1 << (n - 1).bit_length()), SLOTS=1 << (k - 1).bit_length(),
+            TOKENS=TOKENS, num_warps=min(16, max(4, block_of(hidden) // 1024)))
+    return out
+
+
+def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str,
+                     dtype: torch.dtype) -> str | None:
+    if (why := _why_no_kernel(x[0])) is not None:
+        return why
+    if fmt not in TILE:
+        return f"it does not take {fmt}"
+    if fmt == "bf16" and (x[0].dtype not in (torch.bfloat16, torch.float16) or w[0].dtype != x[0].dtype):
+        return f"tokens and weights must be of one 16-bit dtype, not {x[0].dtype} and {w[0].dtype}"
+    if any(p.dim() for p in params):
+        return "each expert's rows have a scale of their own"
+    if (k := x[0].shape[1]) % 16:
+        return f"k = {k} is not a multiple of 16"
+    return None
+
+
+@moe.grouped_matmul.backend("triton", supports=_why_not_grouped)
+def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    from . import moe_kernels
+
+    (rows, k), (experts, n) = x[0].shape, w[0].shape[:2]
+    out = torch.empty(rows, n, dtype=dtype, device=x[0].device)
+    if rows:
+        tile = TILE[fmt]
+        programs = min(processors(x[0]), (-(-rows // tile[0]) + experts) * -(-n // tile[1]))
+        x, w = [t.contiguous() for t in x], [t.contiguous() for t in w]
+        scale = x[1] if len(x) > 1 else ends
+        moe_kernels.grouped_matmul[programs,](
+            x[0], scale, w[0], w[1] if len(w) > 1 else ends, ends, out, rows, n, params[0] if params else ends,
+            w[-1] if params else ends, EXPERTS=experts, K=k, FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2], num_warps=8,
+            num_stages=3)
+    return out
