@@ -268,6 +268,17 @@ def test_grouped_matmul_is_a_matmul_for_each_expert(fmt):
         torch.testing.assert_close(y[rows].float(), want, rtol=2**-7, atol=1e-2)
 
 
+@pytest.mark.parametrize("fmt", ["bf16", "fp8_token", "fp8_block", "mxfp8"])
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_static_shapes_give_the_reference_s_bits(ranks, fmt, tokens):
+    """As GPUs run experts: some are other ranks', and none is asked for its number of rows."""
+    b = Block(ranks(2), fmt, counts=(tokens, tokens))
+    parts, (ids, weights) = transport.moe._quantized(b.x[0], b.params, fmt), route(b.x[0], *b.routing)
+    for rank in range(2):
+        args = parts, b.params, ids, weights, *b.mine[rank], torch.bfloat16
+        assert torch.equal(transport.static(*args), experts.reference(*args))
+
+
 def test_each_expert_has_its_own_static_scale_of_the_middle():
     b = Block(SimpleNamespace(world_size=1, name=""), "fp8_tensor", counts=(7,), n=4, k=2)
     parts, (ids, weights) = quantize(b.x[0], b.params, "fp8_tensor"), route(b.x[0], *b.routing)

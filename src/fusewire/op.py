@@ -88,6 +88,7 @@ class Op:
     wire       (*args) -> bytes this rank sends; only primitive collectives say, a fused op costs what is inside it
     flops      (*args) -> floating-point operations of a matmul, those of two-byte elements counted twice; likewise
     fake       shapes only, where the reference cannot run on fake tensors (the primitive collectives)
+    opaque     Inductor cannot look into the reference, whose Python depends on the number of tokens
 
     Every backend is an overload of its own, `fusewire::NAME.BACKEND`, so a lowered graph shows what will run.
     The default overload picks at run time.
@@ -99,6 +100,7 @@ class Op:
     wire: Callable[..., int] | None = None
     flops: Callable[..., int] | None = None
     fake: Callable | None = None
+    opaque: bool = False
     backends: list[Backend] = field(default_factory=list)
 
     def __post_init__(self) -> None:

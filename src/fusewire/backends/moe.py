@@ -1,13 +1,16 @@
-"""The all-to-all transport of experts: a token goes only to the ranks whose experts it chose."""
+"""How experts run where the references do not: the all-to-all transport, by which a token goes only to the ranks whose experts
+it chose; and, on GPUs, experts that never ask the device how many rows each of them has."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .. import formats
 from ..group import resolve
 from ..op import seconds_of_program
 from ..ops import moe
-from ..ops.moe import expert_parallel, experts, pack, route_quantize_pack, unpack
+from ..ops.dense import quantize
+from ..ops.moe import ACTIVATIONS, expert_parallel, experts, grouped_matmul, pack, route_quantize_pack, sort_by_expert, unpack
 
 
 def _why_not(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
@@ -45,3 +48,33 @@ def all_to_all(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | N
     for r, share in zip(rows, back.split(sent.tolist()), strict=True):  # in rank order, as the reduce_scatter adds
         total[r] += share
     return total.to(x.dtype)
+
+
+def _why_not_static(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],
+                    up: list[Tensor], down: list[Tensor], mid_params: list[Tensor], act: str, fmt: str,
+                    dtype: torch.dtype) -> str | None:
+    if x[0].device.type != "cuda":
+        return f"the reference can ask {x[0].device.type} how many rows an expert has"
+    if formats.get(fmt).params:
+        return f"each expert's rows of {fmt} have a scale of their own"
+    return None
+
+
+@experts.backend("static", supports=_why_not_static)
+def static(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],
+           up: list[Tensor], down: list[Tensor], mid_params: list[Tensor], act: str, fmt: str, dtype: torch.dtype) -> Tensor:
+    """The reference's bits with shapes that depend on no choice, so that a CUDA graph can hold it: every pair of a token and an
+    expert has a row, and those of other ranks' experts, behind the last of ours, are zeros that no tile is multiplied for."""
+    (tokens, k), n = ids.shape, gate[0].shape[0]
+    order, ends = sort_by_expert(ids, first, n)
+    token = torch.div(order, k, rounding_mode="floor")
+    rows = [p.view(torch.uint8)[token].view(p.dtype) if p.element_size() == 1 else p[token] for p in x]
+    mid = ACTIVATIONS[act](grouped_matmul(rows, params, gate, ends, fmt, dtype))
+    mid = mid * grouped_matmul(rows, params, up, ends, fmt, dtype)
+    y = grouped_matmul([mid] if fmt == "bf16" else quantize(mid, [], fmt), [], down, ends, fmt, dtype)
+    row = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=ids.device)).view(tokens, k)
+    mine = (ids.long() >= first) & (ids.long() < first + n)
+    total = y.new_zeros((tokens, y.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
+    for slot in range(k):
+        total += y[row[:, slot]] * torch.where(mine[:, slot], weights[:, slot], 0.0).unsqueeze(1)
+    return total.to(dtype)

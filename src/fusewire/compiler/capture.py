@@ -134,7 +134,7 @@ class Compiled:
         gm, multiple = torch.fx.GraphModule(plan.gm, copy.deepcopy(plan.gm.graph)), plan.multiple
         for n in gm.graph.nodes:
             o, settled = op_of(n), n.meta.get("choice")
-            if o and o.tokens and settled and settled.backend.run is o.reference and _device(n) in INLINED_ON:
+            if o and o.tokens and not o.opaque and settled and settled.backend.run is o.reference and _device(n) in INLINED_ON:
                 n.target = o.reference  # plain Python: Inductor sees what is in it, and fuses a norm with a quantization
         if bare := plan.symbol is not None and multiple > 1:
             # Inductor can read a size off an input only if it is a symbol of its own, and here all are multiples of one.

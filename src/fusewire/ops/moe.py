@@ -101,7 +101,7 @@ def _routed(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_) -> list[
     return [x.new_empty((x.shape[0], k), dtype=id_dtype(weight.shape[0])), x.new_empty((x.shape[0], k), dtype=torch.float32)]
 
 
-@op(tokens=("x",), fake=_routed)
+@op(tokens=("x",), fake=_routed, opaque=True)
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int, scale: float,
           how: str) -> list[Tensor]:
     """Choose k experts for each token.
@@ -159,7 +159,7 @@ def _records(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | Non
     return x.new_empty((x.shape[0], record_bytes(x, weight, k, fmt)), dtype=torch.uint8)
 
 
-@op(tokens=("x",), fake=_records)
+@op(tokens=("x",), fake=_records, opaque=True)
 def route_quantize_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int,
                         top_groups: int, scale: float, how: str, fmt: str) -> Tensor:
     """`route` and `quantize` (see there) of x (tokens, hidden) -> records, uint8 (tokens, bytes)."""
