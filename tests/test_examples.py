@@ -71,6 +71,7 @@ def test_documented_commands_parse(file):
     for args in found:
         parsed = cli.parser().parse_args(args)
         if hasattr(parsed, "rule"):
+            parsed.tuning = None  # a file that the reader's own `fusewire tune` writes
             cli.config_of(parsed)  # also knows the rules that it names
 
 
