@@ -25,6 +25,7 @@ from fusewire.group import Group
 from fusewire.op import Op, op_of
 from fusewire.ops.collectives import all_reduce
 from fusewire.ops.dense import amax, matmul, params_from_amax, quantize, relayout
+from fusewire.ops.moe import experts, place, route
 from fusewire.ops.norm import add_rms_norm, rms_norm
 
 aten = torch.ops.aten
@@ -127,7 +128,7 @@ class Builder:
     """Writes a graph node by node, each with its fake value; `build` is the whole of it."""
 
     def __init__(self, seed: int):
-        self.seed, self.rng = seed, random.Random(seed)
+        self.seed, self.rng, self.side = seed, random.Random(seed), random.Random(-1 - seed)
         r = self.rng
         self.world = r.choices(WORLDS, (40, 20, 25, 15))[0]
         self.groups = groups(self.world)
@@ -383,6 +384,31 @@ class Builder:
             self.outputs.append(self.like_activation(logits))
         return ys
 
+    def mixture(self, x: fx.Node, residual: fx.Node | None, fmt: str) -> tuple[fx.Node, fx.Node]:
+        """A mixture of experts behind a norm: (the ranks' shares added up, the new residual)."""
+        self.note("experts")
+        normed, residual = self.norm(x, residual)
+        flat, per, n = self.flat(normed), 2, 2 * self.world
+        hidden, mid = flat.meta["val"].shape[1], 32
+        self.formats_used |= {fmt, "experts"}
+        params = self.params(flat, fmt, same=True)
+        parts = [flat] if fmt == "bf16" else self.call(quantize, flat, params, fmt)
+        router = self.random("router", (n, hidden), same=True)
+        ids, weights = self.call(route, flat, router, None, 2, 1, 1, 1.0, "softmax_renormalized")
+        dtype, stacks = self.dtype, []
+        for index, shape in enumerate(((mid, hidden), (mid, hidden), (hidden, mid))):
+            like = weight(fmt, *shape, dtype, index, 0)
+
+            def part(i: int, shape: tuple = shape, index: int = index) -> Callable[[int, int], Tensor]:
+                return lambda rank, size: torch.stack([weight(fmt, *shape, dtype, index, rank * per + e)[i] for e in range(per)])
+
+            stacks.append([self.input("w", (per, *t.shape), t.dtype, part(i)) for i, t in enumerate(like)])
+        first = self.call(place, per, self.group.name, torch.device("cpu"))
+        with self.mode:  # nothing among its arguments was fake
+            first.meta["val"] = torch.empty((), dtype=torch.int64)
+        y = self.call(experts, parts, params, ids, weights, first, *stacks, [], "silu", fmt, dtype)
+        return self.like_activation(self.call(all_reduce, y, self.group.name)), residual
+
     def combined(self, ys: list[fx.Node]) -> fx.Node:
         """The part between column- and row-parallel matmuls: any function of one rank's values."""
         y = self.call(aten.silu.default, ys[0]) if self.chance(0.7) else self.call(aten.relu.default, ys[0])
@@ -501,6 +527,8 @@ class Builder:
                 self.outputs.append(self.call(aten.mul.Tensor, last, 2.0))
             if self.chance(0.06):  # a second reader of the residual, with a norm of its own
                 self.outputs.append(self.norm(residual, None)[0])
+        if self.side.random() < 0.35:
+            x, residual = self.mixture(x, residual, fmt.partition(":")[0])
         end = r.choices(("norm", "sum", "reduced", "head"), (35, 15, 15, 35))[0]
         if end in ("norm", "head"):
             normed, total = self.norm(x, residual)
@@ -623,6 +651,9 @@ def lockstep(graph: fx.Graph, inputs: list[list], call: Callable = lambda n, arg
                 for t in terms[1:]:
                     total = total + t
                 env[n] = total.to(terms[0].dtype).contiguous()
+        elif op_of(n) is place:
+            for rank, env in enumerate(envs):
+                env[n] = torch.tensor(n.args[0] * (rank - members(group.resolve(n.args[1]), rank)[0]))
         else:
             for env in envs:
                 look_up = env.__getitem__
