@@ -160,14 +160,14 @@ class Block:
     """The arguments of `expert_parallel` for one layer of random experts, on each rank."""
 
     def __init__(self, group, fmt: str, dtype: torch.dtype = torch.bfloat16, counts: tuple[int, ...] = (5, 0, 1, 9), n: int = 16,
-                 k: int = 3, hidden: int = 128, mid: int = 64, bias: Tensor | None = None, seed: int = 0):
+                 k: int = 3, hidden: int = 128, mid: int = 64, bias: Tensor | None = None, seed: int = 0, top: int = 2):
         world = group.world_size
         g = torch.Generator().manual_seed(seed)
         self.group, self.fmt, self.dtype, self.counts = group, fmt, dtype, list(counts[:world])
         self.x = [torch.randn(c, hidden, generator=g).to(dtype) for c in self.counts]
         make = formats.get(fmt).params_from_amax
         self.params = make(torch.cat(self.x).abs().amax().float()) if make else []
-        self.routing = torch.randn(n, hidden, generator=g).to(dtype), bias, k, 4, 2, 2.5, "grouped_sigmoid_renormalized"
+        self.routing = torch.randn(n, hidden, generator=g).to(dtype), bias, k, 4, top, 2.5, "grouped_sigmoid_renormalized"
         self.whole = {name: torch.randn(n, *shape, generator=g).to(dtype) / shape[1]**0.5
                       for name, shape in (("gate", (mid, hidden)), ("up", (mid, hidden)), ("down", (hidden, mid)))}
         quantized = {name: [formats.get(fmt).quantize_weight(w) for w in ws] for name, ws in self.whole.items()}
@@ -212,6 +212,24 @@ def test_both_transports_have_the_same_bits_and_are_right(ranks, fmt, world):
         # beside one bf16 rounding of gate, up, their product and the result, the middle is quantized again
         allowed = {"bf16": 0.01, "fp8_tensor": 0.05, "fp8_token": 0.05, "fp8_block": 0.05, "mxfp8": 0.05, "nvfp4": 0.15}[fmt]
         assert error <= allowed * want.norm() and y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("counts", [(6, 6, 6, 6), (9, 2, 0, 13)], ids=str)
+def test_shares_are_added_in_rank_order(ranks, counts):
+    """Float32 shares of all four ranks for each token, whose sum has other bits in another order."""
+    b = Block(ranks(4), "bf16", torch.float32, counts=counts, k=12, top=4)
+
+    def shares(rank: int) -> Tensor:
+        parts, ids, weights = b.everything
+        return experts(parts, b.params, ids, weights, *b.mine[rank], torch.float32)
+
+    whole = torch.cat(b.x)
+    b.everything = [whole], *route(whole, *b.routing)
+    each = b.run(shares)
+    forward, backward = (sum(order[1:], order[0]) for order in (each, each[::-1]))
+    assert not torch.equal(forward, backward)
+    for run in (expert_parallel.reference, transport.all_to_all):
+        assert torch.equal(torch.cat(b.run(lambda rank, run=run: run(*b.args(rank)))), forward)
 
 
 SKEWED = {"all to one": [(0, 100.0), (1, 90.0), (2, 80.0)], "one has none": [(7, -100.0)]}

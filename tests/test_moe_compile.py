@@ -31,13 +31,14 @@ HIDDEN, MID, EXPERTS, K = 64, 32, 8, 2
 class Plain(nn.Module):
     """Attention is somebody else's: a norm, then experts behind a gather of hidden states, as such models are written.
 
-    `first` is this rank's first expert as a number, where None asks `place`.
+    first   this rank's first expert is a number, where else it asks `place`
+    other   what is routed is not what is quantized
     """
 
-    def __init__(self, rank: int, world: int, fmt: str, group: str, first: bool = False):
+    def __init__(self, rank: int, world: int, fmt: str, group: str, first: bool = False, other: bool = False):
         super().__init__()
         g = torch.Generator().manual_seed(0)
-        self.fmt, self.group, self.n = fmt, group, EXPERTS // world
+        self.fmt, self.group, self.n, self.other = fmt, group, EXPERTS // world, other
         self.register_buffer("router", torch.randn(EXPERTS, HIDDEN, generator=g).bfloat16())
         self.register_buffer("first", torch.tensor(rank * self.n) if first else None)
         f = formats.get(fmt)
@@ -54,7 +55,7 @@ class Plain(nn.Module):
         [x] = all_gather([x], self.group)
         params = params_from_amax(amax(x), self.fmt) if formats.get(self.fmt).params else []
         parts = [x] if self.fmt == "bf16" else quantize(x, params, self.fmt)
-        ids, weights = route(x, self.router, None, K, 1, 1, 1.0, "softmax_renormalized")
+        ids, weights = route(x + 1 if self.other else x, self.router, None, K, 1, 1, 1.0, "softmax_renormalized")
         first = place(self.n, self.group, x.device) if self.first is None else self.first
         y = experts(parts, params, ids, weights, first, self.weights("gate"), self.weights("up"), self.weights("down"), [], "silu",
                     self.fmt, x.dtype)
@@ -163,6 +164,12 @@ def test_who_holds_what_must_be_known(ranks):
     made = plain(ranks(2), "fp8_token", first=True)
     assert "dispatch" in made.ops("sharded") and "expert_parallel" not in made.ops("sharded")
     assert "which experts the other ranks hold is not known: `first` is not place(4, group)" in made.sites("sharded")[1].why
+
+
+def test_what_is_routed_must_be_what_is_quantized(ranks):
+    made = plain(ranks(2), "fp8_token", other=True)
+    assert "dispatch" not in made.ops("sharded") and made.ops("sharded").count("all_gather") == 1
+    assert "its parts are quantize, not one quantization of what was routed" in made.sites("sharded")[0].why
 
 
 def test_rules_can_be_switched_off(ranks):

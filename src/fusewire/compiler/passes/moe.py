@@ -57,7 +57,7 @@ def fuse_dispatch(ag: fx.Node) -> Verdict | None:
     x, fmt = arg(r, "x"), arg(readers[0], "fmt")
     q = None if fmt == "bf16" else producer(parts, quantize)
     if (fmt == "bf16" and parts != [x]) or (fmt != "bf16" and (q is None or arg(q, "x") is not x)):
-        return missed(f"its parts are {describe(parts)}, not one quantization of what was routed")
+        return missed(f"its parts are {_made_by(parts)}, not one quantization of what was routed")
     with ag.graph.inserting_before(ag):
         got = call(ag.graph, dispatch, x, arg(q, "params") if q else [], *r.args[1:], fmt, group, sites=sites_of(ag))
     for i, old in outputs(ag).items():
@@ -70,7 +70,7 @@ def _why_not_routed(ag: fx.Node, reader: fx.Node) -> Verdict:
     """Tokens that are routed behind their gather: what it would cost to route them before."""
     after = [u for u in users(ag) if op_of(u) is route]
     if not after:
-        return missed(f"what the experts get with it is {describe([arg(reader, 'ids')])}, not a route of its tokens")
+        return missed(f"what the experts get with it is {_made_by([arg(reader, 'ids')])}, not a route of its tokens")
     w = world_size(ag.args[1])
     x, r = val(ag.args[0][0]), after[0]
     now, then = nbytes([x[:1]]), record_bytes(x, val(arg(r, "weight")), arg(r, "k"), arg(reader, "fmt"))
@@ -87,7 +87,7 @@ def fuse_expert_parallel(rs: fx.Node) -> Verdict | None:
         return missed(f"the experts' result also feeds {describe([u for u in e.users if u is not rs])}")
     d = producer(_sources(e), dispatch)
     if d is None or d.args[-1] != group:
-        return missed(f"the experts' tokens come from {describe_source(_sources(e))}, not from a dispatch over the same ranks",
+        return missed(f"the experts' tokens come from {_made_by(_sources(e))}, not from a dispatch over the same ranks",
                       avoidable=False)
     if others := [u for u in users(d) if u is not e]:
         return missed(f"the dispatched tokens also feed {describe(others)}", avoidable=False)
@@ -114,7 +114,7 @@ def _by_place(first: fx.Node, n: int, group: str) -> bool:
     return len(own) == 1 and all(op_of(t) is place for t in terms)
 
 
-def describe_source(parts: list[fx.Node]) -> str:
+def _made_by(parts: list[fx.Node]) -> str:
     """What made the parts, in a reader's words."""
     made = [p.args[0] if p.target is operator.getitem else p for p in parts]
     return ", ".join(dict.fromkeys(op_of(m).name if op_of(m) else m.name for m in made))
