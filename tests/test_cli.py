@@ -17,23 +17,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import export
+from tiny import tokenizer
 
 from fusewire.tuning import Tuning
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 FUSEWIRE = [sys.executable, "-m", "fusewire.cli"]
 PROMPT = "w5 w6 w7 w8 w9"
-
-
-def tokenizer(folder: Path, words: int) -> None:
-    """Words w3, w4, ... are tokens 3, 4, ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, words)}}
-    t = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

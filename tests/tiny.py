@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -81,3 +82,14 @@ def fake_quantized(model: PreTrainedModel, shards: list[nn.Module]) -> PreTraine
         if isinstance(module, ShardedLinear):
             oracle.set_submodule(name, FakeQuantized([s.get_submodule(name) for s in shards]))
     return oracle
+
+
+def tokenizer(folder: Path, words: int) -> None:
+    """Words w3, w4, ... are tokens 3, 4, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, words)}}
+    t = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)

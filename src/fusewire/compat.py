@@ -34,6 +34,13 @@ def symmetric_memory(nbytes: int, group: str, device: torch.device) -> list[torc
     return [memory if r == seen.rank else seen.get_buffer(r, (nbytes,), torch.uint8) for r in range(seen.world_size)]
 
 
+def symm_mem_ops():
+    """torch's ops on symmetric memory; the fused ones are there once their module is imported."""
+    import torch.distributed._symmetric_memory  # noqa: F401
+
+    return torch.ops.symm_mem
+
+
 def group_name(arg: object) -> str:
     """The group argument of a functional collective in a graph: a string, or in 2.13 a process group or a node."""
     if isinstance(arg, str):

@@ -14,8 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from test_checkpoint import export
-from test_cli import tokenizer
+from tiny import tokenizer
 
 from fusewire import group, tuning
 from fusewire.backends import workspace
@@ -44,7 +43,7 @@ def fusewire(*args: object, timeout: float = 500) -> str:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu") / "tiny-llama"
-    export(tiny.model("llama", torch.bfloat16, head_dim=16, heads=8, kv_heads=4, intermediate=256), "plain", folder)
+    tiny.model("llama", torch.bfloat16, head_dim=16, heads=8, kv_heads=4, intermediate=256).save_pretrained(folder)
     tokenizer(folder, tiny.VOCAB)
     return folder
 

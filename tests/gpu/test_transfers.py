@@ -322,7 +322,8 @@ def test_a_workspace_is_large_enough_or_refuses():
         group.close(g)
 
 
-def test_a_kernel_first_met_in_a_capture_is_refused():
+def test_a_kernel_first_met_in_a_capture_is_refused(monkeypatch):
+    monkeypatch.setattr(gemm, "_loaded", {})
     g = group.loopback_group(2)
     workspace.open(g.name, 1 << 20)
     x, w = [rows(40, 512)], [rows(160, 512).contiguous()]

@@ -69,6 +69,7 @@ def _fast(x: Tensor) -> bool:
 
 
 def _scales(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str) -> tuple[Tensor, Tensor]:
-    if fmt == "fp8_tensor":
-        return params[0], w[1]
-    return (x[1] if x[1].data_ptr() % 16 == 0 else x[1].clone()), w[1].t()  # cuBLAS refuses scales that are not aligned
+    a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1])
+    if x[0].device.type == "cuda":  # cuBLAS refuses scales that are not aligned, as those of one expert among others
+        a, b = (s if s.data_ptr() % 16 == 0 else s.clone() for s in (a, b))
+    return a, b if fmt == "fp8_tensor" else b.t()

@@ -115,6 +115,6 @@ def _weight(fmt: str, n: int, k: int, device: torch.device, rank: int, version: 
     if device.type == "meta":
         return f.quantize_weight(torch.empty(n, k, dtype=torch.bfloat16, device=device))
     g = torch.Generator(device=device)
-    g.manual_seed(104729 * rank + version)
+    g.manual_seed(104729 * rank + version + 1299709)  # rows that are those of the activation would have large sums
     return f.quantize_weight(torch.randn(n, k, generator=g, device=device, dtype=torch.bfloat16) / k ** 0.5)
 

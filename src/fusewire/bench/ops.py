@@ -126,7 +126,7 @@ def measure(case: Case, device: torch.device, link: float | None, about: dict[st
     for c in taking_part:
         try:
             c.run(0)
-            why = check.why_wrong(c.run(1), c.does, c.fast)
+            why = check.why_wrong(c.run(1), c.does)
         except Exception as e:
             if not isinstance(e, FusewireError) and c.name not in FOREIGN:
                 raise

@@ -25,13 +25,11 @@ class Candidate(NamedTuple):
 
     run   version of the inputs -> the outputs
     does  "op"; "gemm" or "norm": that part alone, on data that is there; "copy": as many bytes as the op moves, and nothing else
-    fast  it may add up in the fast mode of FP8 tensor cores
     """
 
     name: str
     run: Callable[[int], list[Tensor]]
     does: str = "op"
-    fast: bool = False
 
 
 def candidates(case: Case, sets: list[tuple], device: torch.device) -> tuple[list[Candidate], list[str]]:
@@ -125,7 +123,7 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
     if case.op.name != NORM and case.fmt not in ("bf16", "fp8_tensor", "fp8_token"):
         yield f"its fused matmuls do not take {case.fmt}"
         return
-    ops, name, bf16, fast = torch.ops.symm_mem, case.group.name, torch.bfloat16, fast_sums(case.fmt, device)
+    ops, name, bf16, fast = compat.symm_mem_ops(), case.group.name, torch.bfloat16, fast_sums(case.fmt, device)
     then = _compiled(case.fmt, device.type)
 
     def gather_of(x: list[Tensor], params: list[Tensor], w: list[Tensor]) -> list[Tensor]:
@@ -224,8 +222,8 @@ def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candi
     fmt, own = case.fmt, [operands(case, args) for args in sets]
     calls = [(whole(case, x), params, w) for x, params, w in own]
     yield Candidate("gemm", lambda i: [cublas(*calls[i], fmt)], "gemm")
-    if device.type == "cuda" and fmt in ("fp8_tensor", "fp8_token"):
-        yield Candidate("gemm:fast", lambda i: [cublas(*calls[i], fmt, True)], "gemm", fast=True)
+    if fast_sums(fmt, device):
+        yield Candidate("gemm:fast", lambda i: [cublas(*calls[i], fmt, True)], "gemm")
     why = gemm.why_not(calls[0][0], calls[0][2], None, fmt, torch.bfloat16)
     yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(*calls[i], None, fmt)], "gemm")
 
