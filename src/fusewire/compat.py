@@ -36,7 +36,7 @@ def symmetric_memory(nbytes: int, group: str, device: torch.device) -> list[torc
 
 def symm_mem_ops():
     """torch's ops on symmetric memory; the fused ones are there once their module is imported."""
-    import torch.distributed._symmetric_memory  # noqa: F401
+    import torch.distributed._symmetric_memory
 
     return torch.ops.symm_mem
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -89,10 +90,11 @@ def from_first(over: group.Group, topic: str, make: Callable[[], Any], timeout_s
 
 
 def library_facts() -> dict[str, str]:
-    """What must be the same on every rank before anything else: versions, and a hash of Fusewire's own files."""
+    """What must be the same on every rank before anything else: versions, a hash of Fusewire's own files, how FP8 is added up."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"),
         "fusewire": __version__, "fusewire sources": _hash_of(Path(__file__).parent),
+        "FP8 accumulation": os.environ.get("FUSEWIRE_FP8_ACCUMULATION", "fast"),
     }
 
 

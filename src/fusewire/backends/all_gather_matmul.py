@@ -19,7 +19,6 @@ from . import aten, transfer, workspace
 from .cuda import gemm
 from .transfer import Transfer, aligned, join, on_side, prepare, why_not
 
-PROGRAMS = 528  # of the kernel that pushes, at most: four on each multiprocessor of an H200
 BLOCK = 2048  # elements that one of its programs copies at once
 
 
@@ -43,7 +42,7 @@ def _why_not_by_shards(x: list[Tensor], params: list[Tensor], ws: list[Tensor], 
 
 def _why_not_gated(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
                    dtype: torch.dtype, group: str) -> str | None:
-    if (why := _why_not(x, params, ws, biases, fmt, dtype, group)) is not None:
+    if (why := _why_not(x, params, ws, biases, fmt, dtype, group) or gemm.why_not_world(world_size(group))) is not None:
         return why
     n = formats.get(fmt).weight_len
     for i, bias in enumerate(biases):
@@ -72,16 +71,16 @@ def pushed(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list
     x = [t.contiguous() for t in x]
     if x[0].shape[0] == 0:
         return _outputs(x, ws, biases, fmt, dtype, 0)
-    t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), PROGRAMS * space.world_size)
     units = [_units(part) for part in x]
+    programs = min(transfer.most_programs(space), max(-(-u.numel() // BLOCK) for u in units))
+    t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), programs * space.world_size)
     starts = _starts(x, space.world_size)
     assert len(units) <= 2, "no format has more than two parts"
     second = units[-1]
-    programs = min(PROGRAMS, max(-(-u.numel() // BLOCK) for u in units))
     transfer.start(
         kernels.push, programs, t, units[0], units[0].numel(), second, second.numel(), starts[-1],
         WORLD=space.world_size, LOOPBACK=space.loopback, BLOCK=BLOCK, TWO=len(units) == 2, X_ALIGNED=_whole(units[0]),
-        Y_ALIGNED=_whole(second), WAIT=wait, num_warps=8)
+        Y_ALIGNED=_whole(second), WAIT=wait)
     return _multiply(_gathered(t, x), params, ws, biases, fmt, dtype)
 
 

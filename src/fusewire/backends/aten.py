@@ -6,6 +6,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..ops.dense import matmul
 
 ON_CPU = False
@@ -13,7 +14,10 @@ ON_CPU = False
 k = 576 it takes 15 to 30 times as long as the reference for one token, and 1.2 to 1.5 times as long for 512."""
 
 
-FAST_ACCUMULATION = os.environ.get("FUSEWIRE_FP8_ACCUMULATION", "fast") != "float32"
+ACCUMULATION = os.environ.get("FUSEWIRE_FP8_ACCUMULATION", "fast")
+if ACCUMULATION not in ("fast", "float32"):
+    raise InputError(f"FUSEWIRE_FP8_ACCUMULATION is {ACCUMULATION!r}; it may be fast or float32")
+FAST_ACCUMULATION = ACCUMULATION == "fast"
 """How FP8 products are added on the tensor cores of a CUDA device, by every backend: "fast" keeps their own sum, which has about
 14 bits; "float32" adds sums of 128 products in float32, and takes longer."""
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .. import formats
 from ..errors import InputError
+from ..ops.collectives import world_size
 from ..ops.dense import matmul
 from ..ops.fused import matmul_reduce_scatter
 from . import aten, transfer, workspace
 from .cuda import gemm
 from .transfer import join, on_side, prepare, why_not
 
-PROGRAMS = 528  # of the kernels that push and add, at most: four on each multiprocessor of an H200
-BLOCK = 4096  # elements that one of their programs takes at once
+BLOCK = 2048  # elements that one of their programs takes at once
 
 
 def nbytes(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
@@ -41,7 +41,8 @@ def _why_not_by_shards(x: list[Tensor], params: list[Tensor], w: list[Tensor], b
 
 def _why_not_epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
                       group: str) -> str | None:
-    return _why_not(x, params, w, bias, fmt, dtype, group) or gemm.why_not(x, w, bias, fmt, dtype)
+    return (_why_not(x, params, w, bias, fmt, dtype, group) or gemm.why_not_world(world_size(group))
+            or gemm.why_not(x, w, bias, fmt, dtype))
 
 
 def _rows(x: list[Tensor], world: int) -> int:
@@ -65,10 +66,11 @@ def pushed(y: Tensor, group: str, wait: bool = True) -> Tensor:
     out = y.new_empty((_rows([y], space.world_size), *y.shape[1:]))
     if (n := out.numel()) == 0:
         return out
-    t = prepare(space, "matmul_reduce_scatter", y.numel() * y.element_size(), PROGRAMS * space.world_size)
+    programs = min(transfer.most_programs(space), -(-n // BLOCK))
+    t = prepare(space, "matmul_reduce_scatter", y.numel() * y.element_size(), programs * space.world_size)
     transfer.start(
-        kernels.push_and_add, min(PROGRAMS, -(-n // BLOCK)), t, y, out, n, WORLD=space.world_size, LOOPBACK=space.loopback,
-        BLOCK=BLOCK, ALIGNED=n * y.element_size() % 16 == 0, WAIT=wait, num_warps=8)
+        kernels.push_and_add, programs, t, y, out, n, WORLD=space.world_size, LOOPBACK=space.loopback, BLOCK=BLOCK,
+        ALIGNED=n * y.element_size() % 16 == 0, WAIT=wait)
     return out
 
 
@@ -96,9 +98,10 @@ def copy_engine(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Te
                 t.flag(owner, slot).copy_(t.epoch, non_blocking=True)
     if space.shared_device or space.loopback:  # its copies may need multiprocessors, which the next kernel would hold
         join(space)
+    programs = min(transfer.most_programs(space), -(-out.numel() // BLOCK))
     transfer.start(
-        kernels.add, min(PROGRAMS, -(-out.numel() // BLOCK)), t, y, out, out.numel(), WORLD=space.world_size, BLOCK=BLOCK,
-        ALIGNED=out.numel() * dtype.itemsize % 16 == 0, num_warps=8)
+        kernels.add, programs, t, y, out, out.numel(), WORLD=space.world_size, BLOCK=BLOCK,
+        ALIGNED=out.numel() * dtype.itemsize % 16 == 0)
     join(space)
     return out
 

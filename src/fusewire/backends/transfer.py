@@ -85,6 +85,7 @@ class Transfer:
                 op_number(self.op), space.limit_ns)
 
 
+WARPS, REGISTERS = 8, 64  # of the kernels that move data
 _warm: set[tuple] = set()
 
 
@@ -130,7 +131,13 @@ def prepare(space: Workspace, op: str, nbytes: int, flag_count: int) -> Transfer
     return Transfer(space, op, half)
 
 
-def start(kernel: Any, programs: int, t: Transfer, *args: Any, num_warps: int, **constants: Any) -> None:
+def most_programs(space: Workspace) -> int:
+    """How many programs of `start` are on the device at once: with WARPS warps and REGISTERS registers a thread, four on each
+    multiprocessor. Ranks have as many, which `workspace.open` makes sure of."""
+    return 4 * torch.cuda.get_device_properties(space.device).multi_processor_count
+
+
+def start(kernel: Any, programs: int, t: Transfer, *args: Any, num_warps: int = WARPS, **constants: Any) -> None:
     """Launch a kernel of triton/transfer.py. One that is not compiled yet is refused while a CUDA graph is captured."""
     key = (t.op, kernel, num_warps, *sorted(constants.items()), t.space.device, *(_specialised(a) for a in args))
     if key not in _warm:
@@ -138,7 +145,7 @@ def start(kernel: Any, programs: int, t: Transfer, *args: Any, num_warps: int, *
             raise FusewireError(f"{t.op}: its kernel {kernel.__name__} would be compiled while a CUDA graph is captured; run the "
                                 "model once before the capture")
         _warm.add(key)
-    kernel[(programs,)](*t.kernel_args(), *args, num_warps=num_warps, **constants)
+    kernel[(programs,)](*t.kernel_args(), *args, num_warps=num_warps, maxnreg=REGISTERS, **constants)
 
 
 def _specialised(arg: Any) -> Any:

@@ -153,7 +153,8 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
     flags_end = regions(nbytes, flag_count)[-2]
     total = flags_end + 4 * nbytes
-    consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s})
+    processors = torch.cuda.get_device_properties(dev).multi_processor_count  # kernels have as many programs on every rank
+    consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s, "multiprocessors": processors})
     with torch.cuda.device(dev):
         pg: dist.ProcessGroup | None = None
         if loopback:

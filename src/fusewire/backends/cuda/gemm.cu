@@ -11,7 +11,7 @@
 //   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
 //   GATHER, REDUCE  all_gather_matmul, matmul_reduce_scatter; neither: a plain product
 //   BUFFERS    of 4 KiB, through which GATHER sends
-//   mma<first>(acc, a, b): one wgmma of 64 x BN x 32 bytes
+//   mma(acc, a, b, add)  one wgmma of 64 x BN x 32 bytes, onto acc if `add`
 //
 // Roles, by warpgroup: 0 moves (warp 0: tiles of x and w come; warps 1 and 2: what warpgroups 1 and 2 made goes; warp 3 begins
 // the transfer, then GATHER: this rank's rows go, REDUCE: the peers' partial sums come); 1 and 2 multiply, rows 0-63 and 64-127

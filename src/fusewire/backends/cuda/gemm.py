@@ -141,6 +141,11 @@ def why_not(x: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dty
     return _why_not_on(x[0].device)
 
 
+def why_not_world(world: int) -> str | None:
+    """Why the kernel cannot send among so many ranks, None if it can."""
+    return f"it sends among {MAX_WORLD} ranks at most, not {world}" if world > MAX_WORLD else None
+
+
 def rows_apart(x: Tensor) -> Tensor:
     """x (rows, k), or a copy, so that its rows are contiguous and lie at multiples of 16 bytes."""
     if x.dim() < 2:
@@ -159,14 +164,19 @@ def call(x: list[Tensor], all_x: int, all_scales: int, params: list[Tensor], ws:
     c.weights, c.world, c.rank, c.m, c.row_scales = len(ws), world, rank, rows, int(fmt == "fp8_token")
     for i, (w, bias, y) in enumerate(zip(ws, biases, out, strict=True)):
         c.b[i], c.b_stride[i], c.n[i], c.c[i] = w[0].data_ptr(), w[0].stride(0) * size, w[0].shape[0], y.data_ptr()
-        c.bias[i] = None if bias is None else bias.data_ptr()
-        c.scale_b[i] = None if fmt == "bf16" else w[1].data_ptr()
+        c.bias[i] = None if bias is None else _aligned(bias)
+        c.scale_b[i] = None if fmt == "bf16" else _aligned(w[1])
     if fmt == "fp8_tensor":
         c.scale_own = c.scale_all = params[0].data_ptr()
     elif fmt == "fp8_token":
         c.scale_own, c.scale_all = x[1].data_ptr(), all_scales
     c.programs = programs(x[0].device)
     return c
+
+
+def _aligned(x: Tensor) -> int:
+    """Its address, or that of a copy where the kernel's wide loads may be: what a stream has in use is not given away before."""
+    return (x if x.data_ptr() % 16 == 0 else x.clone()).data_ptr()
 
 
 def watch(call: Call, t: Transfer) -> None:
