@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import formats
 from ..group import resolve
 from ..op import seconds_of_program
 from ..ops import moe
-from ..ops.dense import quantize
-from ..ops.moe import ACTIVATIONS, expert_parallel, experts, grouped_matmul, pack, route_quantize_pack, sort_by_expert, unpack
+from ..ops.moe import (
+    ACTIVATIONS,
+    expert_parallel,
+    experts,
+    grouped_matmul,
+    pack,
+    quantize_rows,
+    route_quantize_pack,
+    sort_by_expert,
+    unpack,
+)
 
 
 def _why_not(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
@@ -53,11 +61,7 @@ def all_to_all(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | N
 def _why_not_static(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],
                     up: list[Tensor], down: list[Tensor], mid_params: list[Tensor], act: str, fmt: str,
                     dtype: torch.dtype) -> str | None:
-    if x[0].device.type != "cuda":
-        return f"the reference can ask {x[0].device.type} how many rows an expert has"
-    if formats.get(fmt).params:
-        return f"each expert's rows of {fmt} have a scale of their own"
-    return None
+    return None if x[0].device.type == "cuda" else f"the reference can ask {x[0].device.type} how many rows an expert has"
 
 
 @experts.backend("static", supports=_why_not_static)
@@ -71,7 +75,8 @@ def static(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, 
     rows = [p.view(torch.uint8)[token].view(p.dtype) if p.element_size() == 1 else p[token] for p in x]
     mid = ACTIVATIONS[act](grouped_matmul(rows, params, gate, ends, fmt, dtype))
     mid = mid * grouped_matmul(rows, params, up, ends, fmt, dtype)
-    y = grouped_matmul([mid] if fmt == "bf16" else quantize(mid, [], fmt), [], down, ends, fmt, dtype)
+    parts, used = quantize_rows(mid, mid_params, ends, fmt)
+    y = grouped_matmul(parts, used, down, ends, fmt, dtype)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=ids.device)).view(tokens, k)
     mine = (ids.long() >= first) & (ids.long() < first + n)
     total = y.new_zeros((tokens, y.shape[1]), dtype=torch.promote_types(dtype, torch.float32))

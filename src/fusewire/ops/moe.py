@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..group import resolve
 from ..op import op
 from .collectives import all_gather, nbytes, reduce_scatter
-from .dense import amax, matmul, params_from_amax, quantize
+from .dense import matmul, quantize
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -277,21 +277,20 @@ def sort_by_expert(ids: Tensor, first: Tensor, experts: int) -> tuple[Tensor, Te
     return order, (local.unsqueeze(0) <= torch.arange(experts, device=ids.device).unsqueeze(1)).sum(1)
 
 
-def _grouped_quantize(x: Tensor, params: list[Tensor], ends: Tensor, fmt: str) -> tuple[list[Tensor], list[Tensor]]:
-    """(the parts of rows sorted by expert, their params); without given ones each expert's rows have their own scale."""
+def quantize_rows(x: Tensor, params: list[Tensor], ends: Tensor, fmt: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows (rows, k) sorted by expert -> (their parts, params, each (experts,)): the given ones, or, if there are none, those of
+    the largest magnitude among each expert's rows. What lies behind the last expert's rows must be zero."""
     f = formats.get(fmt)
     if fmt == "bf16":
         return [x], []
     if not f.params:
         return quantize(x, [], fmt), []
-    parts = [x.new_zeros(p.shape(x.shape[0], x.shape[1]), dtype=p.dtype) for p in f.parts]
-    used = []
-    for e, (start, end) in enumerate(_spans(ends)):
-        rows = x[start:end]
-        used.append(_of_expert(params, e) if params else params_from_amax(amax(rows), fmt))
-        for out, part in zip(parts, quantize(rows, used[-1], fmt), strict=True):
-            out.view(torch.uint8)[start:end] = part.view(torch.uint8)
-    return parts, [torch.stack(p) for p in zip(*used, strict=True)]
+    expert = torch.bucketize(torch.arange(x.shape[0], device=x.device), ends, right=True).clamp(max=ends.shape[0] - 1)
+    if not params:
+        assert f.params_from_amax, fmt
+        largest = x.new_zeros(ends.shape[0], dtype=torch.float32)
+        params = f.params_from_amax(largest.scatter_reduce(0, expert, x.abs().amax(1).float(), "amax"))
+    return quantize(x, [p[expert].unsqueeze(1) for p in params], fmt), params
 
 
 def _shares(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],
@@ -319,7 +318,7 @@ def experts(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor,
     rows = [p.view(torch.uint8)[token].view(p.dtype) if p.element_size() == 1 else p[token] for p in x]
     mid = ACTIVATIONS[act](grouped_matmul(rows, params, gate, ends, fmt, dtype))
     mid = mid * grouped_matmul(rows, params, up, ends, fmt, dtype)
-    parts, used = _grouped_quantize(mid, mid_params, ends, fmt)
+    parts, used = quantize_rows(mid, mid_params, ends, fmt)
     y = grouped_matmul(parts, used, down, ends, fmt, dtype)
     total = y.new_zeros((x[0].shape[0], y.shape[1]), dtype=torch.promote_types(dtype, torch.float32))
     for slot in range(k):

@@ -12,7 +12,8 @@ from ...ops import moe
 from .launch import HIDDEN, block_of, processors
 
 TOKENS = 16  # that one program chooses experts for
-TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128, 256, 128), "fp8_block": (128, 128, 128)}
+TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128, 256, 128), "fp8_block": (128, 128, 128),
+        "nvfp4": (128, 256, 64)}
 """Format -> (rows, columns, depth) of the grouped matmul's tiles."""
 
 
@@ -111,8 +112,6 @@ def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], end
         return f"it does not take {fmt}"
     if fmt == "bf16" and (x[0].dtype not in (torch.bfloat16, torch.float16) or w[0].dtype != x[0].dtype):
         return f"tokens and weights must be of one 16-bit dtype, not {x[0].dtype} and {w[0].dtype}"
-    if any(p.dim() for p in params):
-        return "each expert's rows have a scale of their own"
     if (k := x[0].shape[1]) % 16:
         return f"k = {k} is not a multiple of 16"
     return None
@@ -127,10 +126,19 @@ def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends:
     if rows:
         tile = TILE[fmt]
         programs = min(processors(x[0]), (-(-rows // tile[0]) + experts) * -(-n // tile[1]))
+        each = bool(params) and params[0].dim() > 0
+        of_x, of_w = (params[0], w[-1]) if params else (ends, ends)
+        if fmt == "nvfp4":  # a code times its scale is exact in bf16
+            x, w = [_without_global_scale(x)], [_without_global_scale([p.flatten(0, 1) for p in w[:2]]).view(experts, n, -1)]
+            of_x, of_w, k = of_x.reciprocal(), of_w.reciprocal(), x[0].shape[1]
         x, w = [t.contiguous() for t in x], [t.contiguous() for t in w]
         scale = x[1] if len(x) > 1 else ends
         moe_kernels.grouped_matmul[programs,](
-            x[0], scale, w[0], w[1] if len(w) > 1 else ends, ends, out, rows, n, params[0] if params else ends,
-            w[-1] if params else ends, EXPERTS=experts, K=k, FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2], num_warps=8,
-            num_stages=3)
+            x[0], scale, w[0], w[1] if len(w) > 1 else ends, ends, out, rows, n, of_x, of_w, EACH=each, EXPERTS=experts, K=k,
+            FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2], num_warps=8, num_stages=3)
     return out
+
+
+def _without_global_scale(parts: list[Tensor]) -> Tensor:
+    """NVFP4's codes times their blocks' scales, in bf16, exactly: they have six bits at most."""
+    return formats.get("nvfp4").dequantize(parts, [torch.ones((), device=parts[0].device)]).bfloat16()

@@ -144,14 +144,15 @@ def route_quantize_pack(
 
 @triton.jit(do_not_specialize=["rows"])
 def grouped_matmul(
-    x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_parameter, EXPERTS: tl.constexpr, K: tl.constexpr, FMT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_parameter, EACH: tl.constexpr, EXPERTS: tl.constexpr,
+    K: tl.constexpr, FMT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):
     """out (rows, n) = each expert's rows of x (rows, K) times its own w (n, K); zero behind the last expert's.
 
     Persistent: programs walk the same list of (expert, tile) pairs, each taking every num_programs-th, so no expert is padded
     to another's rows. FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block": x_scale (rows, K / 128),
-    w_scale (EXPERTS, ceil(n / 128), K / 128), and DEPTH is 128.
+    w_scale (EXPERTS, ceil(n / 128), K / 128), and DEPTH is 128; "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times
+    scales: x_parameter, one or (if EACH) one for each expert, times w_parameter (EXPERTS,).
     """
     tile = tl.program_id(0)
     before = 0  # tiles of earlier experts
@@ -190,8 +191,8 @@ def grouped_matmul(
                     sx = tl.load(x_scale + row, mask=row < end, other=0.0)
                     sw = tl.load(w_scale + weight + column, mask=column < n, other=0.0)
                     total = total * sx[:, None] * sw[None, :]
-                elif FMT == "fp8_tensor":
-                    total = total * tl.load(x_parameter) * tl.load(w_parameter + expert)
+                elif FMT == "fp8_tensor" or FMT == "nvfp4":
+                    total = total * tl.load(x_parameter + (expert if EACH else 0)) * tl.load(w_parameter + expert)
             to = out + row[:, None].to(tl.int64) * n + column[None, :]
             tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
             tile += tl.num_programs(0)
