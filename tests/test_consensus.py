@@ -112,7 +112,8 @@ def test_groups_without_processes_agree_at_once():
 
 def test_library_facts_change_with_the_sources(tmp_path):
     facts = consensus.library_facts()
-    assert set(facts) == {"python", "torch", "transformers", "fusewire", "fusewire sources"} and facts == consensus.library_facts()
+    assert set(facts) == {"python", "torch", "transformers", "fusewire", "fusewire sources", "FP8 accumulation"}
+    assert facts == consensus.library_facts()
     hashes = set()
     for name, text in [("a.py", "x"), ("a.py", "y"), ("b.py", ""), ("b.py", "z"), ("__pycache__/a.pyc", "cached")]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
