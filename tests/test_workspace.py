@@ -61,3 +61,31 @@ def test_a_report_is_a_sentence():
     assert said.startswith("rank 1 of group 'tp' waited 3 s in all_reduce_norm_quant, epoch 17, row 5, for rank 2, whose flag held")
     with pytest.raises(FusewireError, match=r"it needs 512 bytes .* which has 256"):
         space.need("an op", 512, 1)
+
+
+def test_a_row_is_added_up_in_one_way_however_it_is_launched():
+    from fusewire.backends.triton import all_reduce_norm_quant as ar
+
+    for hidden in (64, 576, 1024, 4096, 7168, 8192, 16384):
+        warps, resident = ar._many(hidden)
+        assert 65536 // (32 * warps * resident) >= 64  # registers
+        for fmt in ("bf16", "fp8_tensor", "fp8_token", "nvfp4:128x4", "mxfp8"):
+            shapes = [ar._few(rows, hidden, 132, fmt) for rows in range(1, 134)]
+            assert shapes[-1] is None and all(shapes[:-1])
+            for rows, (pieces, few_warps) in enumerate(shapes[:-1], 1):
+                assert few_warps == warps
+                assert rows * pieces <= 132 and pieces <= max(1, hidden // 1024 * 2)
+    assert [ar._few(rows, 8192, 132, "fp8_tensor")[0] for rows in (1, 8, 32, 128)] == [4, 2, 2, 1]
+    assert [ar._few(rows, 8192, 132, "nvfp4:128x4")[0] for rows in (1, 8, 32, 128)] == [4, 4, 4, 1]
+    assert ar._few(32, 8192, 100, "nvfp4") == (2, 8)
+
+
+def test_rows_that_share_a_fence_take_no_program_longer():
+    from fusewire.backends.triton.norm_quant_all_gather_matmul import ROWS_PER_FLAG, _together
+
+    for programs in (1, 7, 528):
+        for rows in range(1, 5000, 1 if programs == 528 else 37):
+            n = _together(rows, min(rows, programs))
+            groups, most = -(-rows // n), -(-rows // programs)
+            assert ROWS_PER_FLAG % n == 0 and -(-groups // programs) * n <= most
+    assert [_together(rows, 528) for rows in (528, 640, 1024, 2112, 4096, 16384, 2640)] == [1, 2, 2, 4, 8, 8, 1]

@@ -90,6 +90,37 @@ def test_numbers(world, fmt):
     assert len({r[1] for r in results}) == 1, "the ranks gathered different parts"
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_is_pushed_without_a_gather(fmt):
+    """In loopback this rank's rows come from every peer: read from the workspace, in both halves, where a consumer would.
+
+    The data of exchanges does not begin behind their own flags: those of transfers lie between (`workspace.regions`).
+    """
+    for world, hidden, tokens in ((2, 8192, 4100), (4, 576, 300), (8, 5120, 129), (2, 64, 1)):  # 4100: 8 rows for one fence
+        g = group.loopback_group(world)
+        space = workspace.open(g.name, world * tokens * hidden * 2 + 4096)
+        flags_at, _, _, data_at, _ = workspace.regions(space.nbytes, space.flag_count)
+        blocks, memory = -(-tokens // 128), space.memory
+        assert [flags_at, data_at] == [a[0] - memory.data_ptr() for a in reversed(space.from_here)]
+        args = arguments(0, tokens, hidden, VARIANTS[0], True)
+        for gather in (False, True, False, False):
+            memory[data_at:].fill_(0xA5)
+            before = space.epoch()
+            p = pushed(*args, VARIANTS[0], params_of(fmt), fmt, g.name, gather)
+            epoch = int(p.ticket)
+            assert (epoch, space.epoch()) == (before, before + 1)
+            flags = memory[flags_at + epoch % 2 * 4 * space.flag_count:][:4 * world * blocks].view(torch.int32).view(world, blocks)
+            assert bool((flags[1:] == epoch).all())
+            everyone = [p.norm] * (world if gather else 1)
+            made = fmt if gather else fmt.partition(":")[0]
+            assert not problems(p, 0, world, tokens, hidden, VARIANTS[0], True, params_of(fmt), made, everyone)
+            for part, start in () if gather else zip(p.parts, (0, p.scales_at), strict=False):  # data alone has no scales
+                mine = part.view(torch.uint8).reshape(-1)
+                came = memory[data_at + epoch % 2 * space.nbytes + start:][:world * mine.numel()].view(world, -1)
+                assert bool((came[1:] == mine).all()), f"{world} ranks, hidden {hidden}, tokens {tokens}, part at {start}"
+        group.close(g)
+
+
 def unguarded(rank: int, wait: bool) -> bool:
     """Has rank 0, whose peer comes late, that peer's rows?"""
     name, variant = connect(), VARIANTS[0]

@@ -42,16 +42,34 @@ def two_shot_bytes(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     return (x.shape[0] + world - 1) // world * world * (_slot(x) + _result(x, fmt, keep_norm)[2])
 
 
-def _few(rows: int, hidden: int, processors: int) -> tuple[int, int] | None:
-    """(programs for a row, warps of each) where every program has at most one row; None for more rows."""
+# (rows, pieces): programs for a row where there are at most so many rows, and one beyond. From an H200 in loopback, hidden = 8192,
+# 1, 8, 32 and 128 rows: the fastest of 4, 2 and 1 with the warps below. (Per-token FP8 with 8 and 32 rows: taken from FP8 with one
+# scale, as only 4 were timed with these warps.)
+_PIECES = {"nvfp4": ((32, 4),), "fp8_token": ((4, 4), (16, 2))}
+_PIECES_OF_OTHERS = ((4, 4), (32, 2))
+
+
+def _warps(hidden: int) -> int:
+    """Warps of a program. They decide the order in which squares are added: a row's bits depend neither on how many come with it,
+    nor on the number of shots, nor on pieces. At 8192, 8 are the fastest or within 4 % of it, but for per-token FP8 with 32
+    rows, which was timed in 4 pieces alone with them."""
     block = block_of(hidden)
-    pieces = next((p for p in (4, 2, 1) if rows * p <= processors and block // p >= 1024), 1)
-    return (pieces, min(32, max(1, block // pieces // 256))) if rows * pieces <= processors else None
+    return max(1, min(8, block // 512), block // 1024)
+
+
+def _few(rows: int, hidden: int, processors: int, fmt: str) -> tuple[int, int] | None:
+    """(programs for a row, warps of each) where every program has at most one row; None for more rows."""
+    warps, block = _warps(hidden), block_of(hidden)
+    wanted = next((n for most, n in _PIECES.get(fmt.partition(":")[0], _PIECES_OF_OTHERS) if rows <= most), 1)
+    possible = (p for p in (4, 2, 1) if p <= wanted and rows * p <= processors and block // p >= max(1024, 256 * warps))
+    pieces = next(possible, 1)  # 8 elements for a thread: 16 bytes
+    return (pieces, warps) if rows * pieces <= processors else None
 
 
 def _many(hidden: int) -> tuple[int, int]:
-    """(warps of a program, programs on a multiprocessor at once) where programs have several rows."""
-    return min(16, max(1, block_of(hidden) // 512)), 2
+    """(warps of a program, programs on a multiprocessor at once) where programs have several rows. (8, 2) is the fastest of seven
+    at 8192 from 512 rows on in one shot, and within 3 % of it in two: FP8 and NVFP4, on an H200 in loopback."""
+    return _warps(hidden), max(2, 16 // _warps(hidden))
 
 
 # 5 us: a row on two H200. A rank sends its rows to each peer, world_size / 2 times the bytes of a ring.
@@ -93,7 +111,7 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         constants |= dict(zip(("DATA_AT", "SCALES_AT", "ROW_BYTES"), _result(x, fmt, keep_norm), strict=True))
     else:
         pieces = 1
-        if (few := _few(rows, hidden, processors(x))) is not None:
+        if (few := _few(rows, hidden, processors(x), fmt)) is not None:
             kernel, resident, (pieces, warps) = kernels.one_shot_few, 1, few
             programs = rows * pieces
         else:

@@ -655,15 +655,15 @@ def two_shot(
 
 @triton.jit
 def _came_last(counter, all):
-    """Count one of `all` rows, by one thread, behind a barrier; 1 in that thread if it was the last of them, which has then seen
+    """Count one of `all`, by one thread, behind a barrier; 1 in that thread if it was the last of them, which has then seen
     whatever the others stored before they counted, else 0. The counter ends at 0, as it began."""
     return tl.inline_asm_elementwise(
         """{ .reg .pred p; .reg .b32 t, most;
         mov.b32 $0, 0; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra DONE;
         fence.acq_rel.sys; sub.u32 most, $2, 1;
         atom.relaxed.gpu.global.inc.u32 t, [$1], most;
-        fence.acq_rel.sys;
-        setp.eq.u32 p, t, most; selp.b32 $0, 1, 0, p;
+        setp.eq.u32 p, t, most; @!p bra DONE;
+        fence.acq_rel.sys; mov.b32 $0, 1;
         DONE: }""", "=&r,l,r", [counter, all], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -674,10 +674,10 @@ def _set_if(last, flag, epoch):
                               "=r,r,l,r", [last, flag, epoch], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at"])
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at", "together"])
 def norm_quant_push(
     x, residual, weight, parameter, total, norm, data, scales, counters, ticket,
-    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, scales_at,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, scales_at, together,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
@@ -690,6 +690,7 @@ def norm_quant_push(
     data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
     counters      int32 (ceil(rows / ROWS_PER_FLAG),), all 0
     ticket        int32 (1,): gets the epoch
+    together      rows that a program does for one fence, which it has to wait for: a divisor of ROWS_PER_FLAG
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
     which begin at byte `scales_at`. Its flag is number `s * ceil(rows / ROWS_PER_FLAG) + r // ROWS_PER_FLAG`, set once these
@@ -719,7 +720,8 @@ def norm_quant_push(
     counted = _count_in(state)
     if SWIZZLED:
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
-    for r in range(pid, rows, step):
+    r = pid * together
+    while r < rows:
         row = tl.cast(r, tl.int64)
         summed = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
         if HAS_RESIDUAL:
@@ -745,12 +747,16 @@ def norm_quant_push(
             else:
                 _store_parts(codes, scale, to, _at(peer_data[i] + half + scales_at, scales), source * rows + row, 0,
                              HIDDEN, BLOCK, FMT, False, BLOCK)
-        tl.debug_barrier()
-        block = r // ROWS_PER_FLAG
-        last = _came_last(counters + block, tl.minimum(ROWS_PER_FLAG, rows - block * ROWS_PER_FLAG))
-        for i in tl.static_range(1, WORLD):
-            source = (rank + i) % WORLD if LOOPBACK else rank
-            _set_if(last, peer_flags[i] + parity * flag_count * 4 + (source * blocks + block) * 4, epoch)
+        r += 1
+        if (r % together == 0) | (r == rows):
+            tl.debug_barrier()
+            block = (r - 1) // ROWS_PER_FLAG
+            of_block = tl.minimum(ROWS_PER_FLAG, rows - block * ROWS_PER_FLAG)
+            last = _came_last(counters + block, (of_block + together - 1) // together)
+            for i in tl.static_range(1, WORLD):
+                source = (rank + i) % WORLD if LOOPBACK else rank
+                _set_if(last, peer_flags[i] + parity * flag_count * 4 + (source * blocks + block) * 4, epoch)
+            r += (step - 1) * together
     if GATHER:
         for i in tl.static_range(1, WORLD):
             peer = (rank + i) % WORLD
