@@ -549,5 +549,11 @@ extern "C" int launch(const Call* call, void* stream) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(c.programs / CLUSTER * CLUSTER), config.blockDim = dim3(384), config.dynamicSmemBytes = SHARED_BYTES;
     config.stream = (cudaStream_t)stream, config.attrs = &cluster, config.numAttrs = 1;
+    static int clusters = 0;  // that are on the device at once: who waits for a peer must not keep the one out that it waits for
+    if (clusters == 0) {
+        cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, gemm, &config);
+        if (error != cudaSuccess) return error;
+    }
+    config.gridDim.x = config.gridDim.x < clusters * CLUSTER ? config.gridDim.x : clusters * CLUSTER;
     return cudaLaunchKernelEx(&config, gemm, p);
 }
