@@ -2,10 +2,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from ..errors import FusewireError
 from ..group import resolve
 from ..op import Usage
+from . import device
 from .workspace import Workspace, op_number, regions
 
 ALIGN = 256  # bytes, of what lies behind one another in a half
@@ -89,18 +88,9 @@ WARPS, REGISTERS = 8, 64  # of the kernels that move data
 _warm: set[tuple] = set()
 
 
-@functools.cache
-def _why_not_on(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"it runs on CUDA devices, not on {device.type}"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device here"
-    return None if find_spec("triton") else "Triton is not installed"
-
-
-def why_not(device: torch.device, group: str) -> str | None:
+def why_not(on: torch.device, group: str) -> str | None:
     """Why ranks cannot send to one another by transfers, None if they can."""
-    if (why := _why_not_on(device)) is None and resolve(group).world_size == 1:
+    if (why := device.why_not(on)) is None and resolve(group).world_size == 1:
         why = "one rank has nothing to send"
     return why
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FusewireError
-from .. import aten
+from .. import aten, device
 from ..transfer import Transfer
 from ..workspace import op_number
 
@@ -112,19 +112,6 @@ def nvcc() -> str | None:
     return None
 
 
-@functools.cache
-def _why_not_on(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"it runs on CUDA devices, not on {device.type}"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device here"
-    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
-        return f"it is for compute capability 9.0, and this device has {capability[0]}.{capability[1]}"
-    if nvcc() is None:
-        return "there is no CUDA compiler: nvcc is neither in CUDA_HOME nor on the PATH"
-    return None
-
-
 def why_not(x: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot multiply these, None if it can. It does not look at token counts."""
     if fmt not in ("bf16", "fp8_tensor", "fp8_token"):
@@ -138,7 +125,9 @@ def why_not(x: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dty
         return f"k = {k} must be whole units of 16 bytes and n = {n} a multiple of 8"
     if w[0].stride(1) != 1 or w[0].stride(0) * w[0].element_size() % 16:
         return "the weight must be contiguous along k, its rows at multiples of 16 bytes"
-    return _why_not_on(x[0].device)
+    if (why := device.why_not(x[0].device, highest=device.HOPPER, triton=False)) is not None:
+        return why
+    return None if nvcc() else "there is no CUDA compiler: nvcc is neither in CUDA_HOME nor on the PATH"
 
 
 def why_not_world(world: int) -> str | None:
@@ -241,9 +230,9 @@ def load(config: Config) -> Callable[..., int]:
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
+def programs(on: torch.device) -> int:
     """How many programs run at once: one on each multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(on).multi_processor_count
 
 
 def product(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str) -> Tensor:

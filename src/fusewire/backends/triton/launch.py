@@ -1,8 +1,6 @@
 """What the Triton backends share: what they take, and how a kernel over a workspace is launched."""
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,27 +10,16 @@ from ... import formats
 from ...errors import FusewireError
 from ...ops.collectives import world_size
 from ...ops.dense import linear
-from .. import workspace
+from .. import device, workspace
 
 HIDDEN = range(64, 16384 + 1)
 _warm: set[tuple] = set()
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def why_not(x: Tensor, residual: Tensor | None, weight: Tensor, fmt: str, group: str) -> str | None:
     """Why rows x (rows, hidden) cannot be normalized, quantized and exchanged here; None if they can."""
-    if x.device.type != "cuda":
-        return f"it runs on CUDA devices, not on {x.device.type}"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device here"
-    if not _has_triton():
-        return "Triton is not installed"
-    if (capability := torch.cuda.get_device_capability(x.device)) < (9, 0):
-        return f"it needs compute capability 9.0, and this device has {capability[0]}.{capability[1]}"
+    if (why := device.why_not(x.device)) is not None:
+        return why
     if x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes (tokens, hidden) of bfloat16 or float16, not {x.dim()} dimensions of {x.dtype}"
     if residual is not None and residual.dtype != x.dtype:

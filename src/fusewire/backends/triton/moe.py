@@ -1,14 +1,12 @@
 """Mixture of experts on one GPU: route, quantize and pack by one kernel; a grouped matmul that pads no expert."""
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from ... import formats
 from ...ops import moe
+from .. import device
 from .launch import HIDDEN, block_of, processors
 
 TOKENS = 16  # that one program chooses experts for
@@ -17,30 +15,13 @@ TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128
 """Format -> (rows, columns, depth) of the grouped matmul's tiles."""
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _why_no_kernel(x: Tensor) -> str | None:
-    if x.device.type != "cuda":
-        return f"it runs on CUDA devices, not on {x.device.type}"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device here"
-    if not _has_triton():
-        return "Triton is not installed"
-    if (capability := torch.cuda.get_device_capability(x.device)) < (9, 0):
-        return f"it needs compute capability 9.0, and this device has {capability[0]}.{capability[1]}"
-    return None
-
-
 def _power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
 def _why_not_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                   scale: float, how: str, fmt: str) -> str | None:
-    if (why := _why_no_kernel(x)) is not None:
+    if (why := device.why_not(x.device)) is not None:
         return why
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         return f"tokens and router must be of one 16-bit dtype, not {x.dtype} and {weight.dtype}"
@@ -106,7 +87,7 @@ def pack(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
 
 def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str,
                      dtype: torch.dtype) -> str | None:
-    if (why := _why_no_kernel(x[0])) is not None:
+    if (why := device.why_not(x[0].device)) is not None:
         return why
     if fmt not in TILE:
         return f"it does not take {fmt}"
