@@ -468,7 +468,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
-    for name in (*launcher._NO_MULTICAST, "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"):
+    for name in (*launcher.NO_MULTICAST, "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"):
         monkeypatch.setenv(name, "before")
     return set_to
 
@@ -477,7 +477,7 @@ def two_gpus(monkeypatch):
 def test_ranks_have_a_device_each_or_share(two_gpus, monkeypatch, rank, ranks, index, backend):
     device = launcher._device(rank, ranks, None)
     assert two_gpus == [device] == [torch.device("cuda", index)]
-    assert {name: os.environ[name] for name in launcher._NO_MULTICAST} == launcher._NO_MULTICAST
+    assert {name: os.environ[name] for name in launcher.NO_MULTICAST} == launcher.NO_MULTICAST
     assert os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] == ("1" if ranks > 2 else "before")
     met: list[tuple] = []
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **how: met.append((args, how.get("device_id"))))

@@ -40,7 +40,7 @@ _GRACE_S = 1.5  # between SIGTERM and SIGKILL
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 # NVLink multicast can take a shared host's GPUs out of service
-_NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
+NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
 _LOST = ("/gloo/", "Wait timeout", "failed to pass monitoredBarrier")  # in errors that have no type of their own
 
 
@@ -194,7 +194,7 @@ def _first_to_say(text: str, rank: int) -> bool:
 
 
 def _device(local_rank: int, local_world_size: int, wanted: str | None) -> torch.device:
-    os.environ |= _NO_MULTICAST
+    os.environ |= NO_MULTICAST
     if wanted == "cpu" or not torch.cuda.is_available():
         if wanted != "cuda":
             return torch.device("cpu")

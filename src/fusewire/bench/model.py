@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ from .. import timing
 from ..compiler.capture import Compiled, compile
 from ..config import Config
 from ..errors import FusewireError, InputError
-from ..models.parallelize import format_name, resolve
+from ..models.parallelize import format_name
 from . import floor, results, shapes
-from .ops import NO_MULTICAST, refuse_shared
+from .ranks import meet, start
 from .stack import stack
 
 SHARDED_FLOOR = "floor:sharded"  # the sharded plan without its collectives
@@ -27,8 +26,6 @@ FAR = 0.25  # root mean square of the difference of logits, over that of the log
 
 def command(args: argparse.Namespace) -> int:
     """`fusewire bench model`: check what was asked for, then measure on every rank."""
-    from ..launch import RankContext, launch
-
     for fmt in args.formats:
         format_name(fmt)
     args.tokens = args.tokens or list(BATCHES if args.decode else PROMPTS)
@@ -36,22 +33,12 @@ def command(args: argparse.Namespace) -> int:
     for what, least in (("layers", 1), ("context", 2), ("tensor_parallel_size", 2)):
         if (n := getattr(args, what)) < least:
             raise InputError(f"--{what.replace('_', '-')} {n} is too small; give {least} or more")
-    results.check_writable(args.out, args.plot)
-    os.environ |= NO_MULTICAST
-    if not args.loopback:
-        return launch(rank, args.tensor_parallel_size, args)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    rank(RankContext(0, 1, 0, device, lambda text: None), args)
-    return 0
+    return start(rank, args)
 
 
 def rank(context: Any, args: argparse.Namespace) -> None:
     """All of it on one rank; rank 0 prints and writes. FusewireError if the fused model's logits are not the unfused one's."""
-    from rich.console import Console
-
-    refuse_shared(context)
-    group = groups.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
-    console = Console(width=None if os.isatty(1) else 240, soft_wrap=False, quiet=context.rank != 0, highlight=False)
+    group, console = meet(context, args)
     about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
     console.print(f"{args.shape}, {args.layers} layers, {group.world_size} ranks, {args.codegen} code, {about['gpu']}, "
                   f"torch {about['torch']}{', loopback' if args.loopback else ''}")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from itertools import count
 from typing import Any, NamedTuple
@@ -15,14 +14,13 @@ from ..backends import workspace
 from ..config import GLOO, NVLINK
 from ..errors import FusewireError, InputError
 from ..group import Group
-from ..models.parallelize import resolve
 from . import results, shapes
 from .cases import NORM, OPS_MEASURED, Case, cases, inputs, versions
 from .checks import Check, fast_sums
 from .peers import FOREIGN, Candidate, candidates, puller
+from .ranks import meet, start
 
 LINK_BYTES = 256 << 20
-NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast can put the GPUs of a shared host out of service."""
 
 
@@ -36,8 +34,6 @@ class Measured(NamedTuple):
 
 def command(args: argparse.Namespace) -> int:
     """`fusewire bench ops`: check what was asked for, then measure on every rank."""
-    from ..launch import RankContext, launch
-
     for fmt in args.formats:
         formats.get(fmt)
     if unknown := [op for op in args.ops if op not in OPS_MEASURED]:
@@ -45,22 +41,12 @@ def command(args: argparse.Namespace) -> int:
     shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
     if args.tensor_parallel_size < 2:
         raise InputError(f"{args.tensor_parallel_size} rank exchanges nothing; give -tp 2 or more")
-    results.check_writable(args.out, args.plot)
-    os.environ |= NO_MULTICAST
-    if not args.loopback:
-        return launch(rank, args.tensor_parallel_size, args)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    rank(RankContext(0, 1, 0, device, lambda text: None), args)
-    return 0
+    return start(rank, args)
 
 
 def rank(context: Any, args: argparse.Namespace) -> None:
     """All of it on one rank; rank 0 prints and writes. FusewireError, at the end, if anybody's numbers were wrong."""
-    from rich.console import Console
-
-    refuse_shared(context)
-    group = groups.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
-    console = Console(width=None if os.isatty(1) else 240, soft_wrap=False, quiet=context.rank != 0, highlight=False)
+    group, console = meet(context, args)
     try:
         found, refused = cases(args.ops, args.formats, args.tokens, shapes.get(args.shape), group)
         open_workspace(found, context.device)
@@ -90,13 +76,6 @@ def rank(context: Any, args: argparse.Namespace) -> None:
             raise FusewireError(f"wrong numbers, which were not measured: {'; '.join(wrong)}")
     finally:
         groups.close(group)
-
-
-def refuse_shared(context: Any) -> None:
-    """InputError if several ranks run on this rank's device: they would take each other's time."""
-    if context.shared:
-        raise InputError(f"{context.world_size} ranks share {context.device}, so their times mean nothing; give each a GPU, or use "
-                         "--loopback")
 
 
 def open_workspace(found: list[Case], device: torch.device) -> None:
