@@ -5,8 +5,11 @@ A seed that fails can be run alone: `python tests/test_random_graphs.py SEED`.
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -178,7 +181,12 @@ def test_a_crafted_program(name):
     assert fires["split_all_reduce"] >= 1
 
 
-def sweep(seeds: range, least: int) -> None:
+BATCH = 50
+
+
+def batch(seeds: range) -> tuple[Counter, list[str]]:
+    """(how often each rule fired, the programs that went wrong); in a process of its own."""
+    torch.set_num_threads(1)  # of the other threads there are none after a fork
     fires: Counter = Counter()
     failures = []
     for seed in seeds:
@@ -188,6 +196,16 @@ def sweep(seeds: range, least: int) -> None:
             wrong = [f"{type(e).__name__}: {e}"]
         if wrong:
             failures.append(f"python tests/test_random_graphs.py {seed}  # {wrong[0][:200]}")
+    return fires, failures
+
+
+def sweep(seeds: range, least: int) -> None:
+    fires: Counter = Counter()
+    failures: list[str] = []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as workers:
+        for fired, failed in workers.map(batch, [seeds[i:i + BATCH] for i in range(0, len(seeds), BATCH)]):
+            fires += fired
+            failures += failed
     print({name: fires[name] for name in FIRES})
     assert not failures, f"{len(failures)} of {len(seeds)} graphs:\n" + "\n".join(failures[:20])
     assert {name: fires[name] for name in FIRES if fires[name] < least} == {}, "rules that the generator hardly reaches"
