@@ -301,11 +301,8 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "the sum added to itself": (all_reduce_norm, "fuse_all_reduce_norm_quant", ("residual = b if a is ar else a", "residual = a")),
     "results of two matmuls swapped": (async_tp, "fuse_all_gather_matmul", ("zip(readers, ys,", "zip(readers, reversed(ys),")),
     "matmuls of two dtypes in one": (async_tp, "fuse_all_gather_matmul", ("if len(kinds) > 1", "if False")),
-    "rows quantized for the gather lost to others": (
-        boundary, "fuse_norm_quant_all_gather_matmul", ("keep_norm = len(normed.users) > 1", "keep_norm = False")),
     "the residual of a boundary is its norm's": (
         boundary, "fuse_norm_quant_all_gather_matmul", ("outputs(norm).get(1)", "outputs(norm).get(0)")),
-    "a sum taken for a norm": (boundary, "fuse_norm_quant_all_gather_matmul", ("and normed.args[1] != 0", "and False")),
     "operands are not moved up": (rewrite, "hoist", ("before.prepend(m)", "pass")),
     "an operand moved above what it is made of": (rewrite, "hoist", (" or before in chain", "")),
     "casts to two dtypes merged": (rewrite, "merge_equal_calls", ("_hashable(n.kwargs)", "()")),
