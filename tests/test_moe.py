@@ -15,7 +15,7 @@ from fusewire import formats, tuning
 from fusewire.backends import moe as transport
 from fusewire.config import GLOO
 from fusewire.errors import FormatError, InputError
-from fusewire.group import close, fake_group, grid, resolve, simulate, simulated_group
+from fusewire.group import fake_group, grid, resolve, simulate
 from fusewire.models import idle, parallelize
 from fusewire.models.moe import FAMILIES, MoE, layout
 from fusewire.ops import moe
@@ -32,20 +32,6 @@ def model(family: str, dtype: torch.dtype = torch.float32, **sizes) -> nn.Module
     made = tiny.model(family, dtype, **{**tiny.MOE[family], **sizes})
     made.config._experts_implementation = "eager"  # the loop over experts, which takes float64 too
     return made
-
-
-@pytest.fixture
-def ranks():
-    """world_size -> a simulated group, forgotten afterwards."""
-    made = []
-
-    def make(world_size: int):
-        made.append(simulated_group(world_size))
-        return made[-1]
-
-    yield make
-    for group in made:
-        close(group)
 
 
 def answers(shards: list[nn.Module], group, ids: list[Tensor]) -> list[Tensor | None]:

@@ -17,7 +17,7 @@ from fusewire.compiler.explain import report
 from fusewire.compiler.plan import Capture
 from fusewire.config import Bounds, Config
 from fusewire.errors import InputError
-from fusewire.group import close, simulate, simulated_group
+from fusewire.group import simulate
 from fusewire.models import parallelize
 from fusewire.op import op_of
 from fusewire.ops.collectives import all_gather, reduce_scatter
@@ -99,20 +99,6 @@ class Everywhere:
         for plan in self.found.range_of(self.size).plans:
             assert all(torch.equal(y, w) for y, w in zip(self.run(plan), want, strict=True)), plan
         assert not self.found.new_guards
-
-
-@pytest.fixture
-def ranks():
-    """world_size -> a simulated group, forgotten afterwards."""
-    made = []
-
-    def make(world_size: int):
-        made.append(simulated_group(world_size))
-        return made[-1]
-
-    yield make
-    for group in made:
-        close(group)
 
 
 def plain(group, fmt: str, tokens: int = 6, config: Config | None = None, **how) -> Everywhere:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewire import formats
 from fusewire.errors import FormatError, InputError
-from fusewire.group import close, fake_group, simulate, simulated_group
+from fusewire.group import fake_group, simulate
 from fusewire.models import check_token_ids, parallelize, static_cache
 from fusewire.models.layers import GatheredLinear, RMSNorm, RowParallelLinear, ShardedLinear, VocabParallelEmbedding
 from fusewire.models.slices import Slice, cut, even, heads, whole
@@ -20,20 +20,6 @@ from fusewire.models.slices import Slice, cut, even, heads, whole
 torch.set_num_threads(1)
 QUANTIZED = ["fp8_tensor", "fp8_token", "fp8_block", "nvfp4", "mxfp8"]
 BLOCKS = {"head_dim": 32, "intermediate": 256}  # sizes that two ranks can hold in every format
-
-
-@pytest.fixture
-def ranks():
-    """world_size -> a simulated group, forgotten afterwards."""
-    made = []
-
-    def make(world_size: int):
-        made.append(simulated_group(world_size))
-        return made[-1]
-
-    yield make
-    for group in made:
-        close(group)
 
 
 def sharded(group, model: nn.Module, quantization: str | None = None) -> list[nn.Module]:

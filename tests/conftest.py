@@ -1,0 +1,22 @@
+"""What tests of several files are given."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fusewire.group import Group, close, simulated_group
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[[int], Group]]:
+    """world_size -> a simulated group, forgotten afterwards."""
+    made: list[Group] = []
+
+    def make(world_size: int) -> Group:
+        made.append(simulated_group(world_size))
+        return made[-1]
+
+    yield make
+    for group in made:
+        close(group)
