@@ -58,19 +58,24 @@ def push(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | 
     return pushed(matmul(x, params, w, bias, fmt, dtype), group)
 
 
-def pushed(y: Tensor, group: str, wait: bool = True) -> Tensor:
-    """reduce_scatter of y; `wait=False` leaves out the wait for the peers, to show that tests notice."""
+def pushed(y: Tensor, group: str, op: str = "matmul_reduce_scatter", counts: list[int] | None = None, wait: bool = True) -> Tensor:
+    """reduce_scatter of y, for `op`; by `counts`, if given, as reduce_scatter_v. `wait=False` leaves out the wait for the peers, to
+    show that tests notice."""
     from .triton import transfer as kernels
 
     space = workspace.of(group)
-    out = y.new_empty((_rows([y], space.world_size), *y.shape[1:]))
-    if (n := out.numel()) == 0:
+    world, rank = space.world_size, space.rank
+    counts = counts or [_rows([y], world)] * world
+    out = y.new_empty((counts[rank], *y.shape[1:]))
+    if (most := max(counts) * (row := y[:1].numel())) == 0:
         return out
-    programs = min(transfer.most_programs(space), -(-n // BLOCK))
-    t = prepare(space, "matmul_reduce_scatter", y.numel() * y.element_size(), programs * space.world_size)
+    programs = min(transfer.most_programs(space), -(-most // BLOCK))
+    t = prepare(space, op, world * most * y.element_size(), programs * world)
+    starts, sizes = (tuple(n * row for n in values[rank:] + values[:rank])
+                     for values in ([sum(counts[:r]) for r in range(world)], counts))
     transfer.start(
-        kernels.push_and_add, programs, t, y, out, n, WORLD=space.world_size, LOOPBACK=space.loopback, BLOCK=BLOCK,
-        ALIGNED=n * y.element_size() % 16 == 0, WAIT=wait)
+        kernels.push_and_add, programs, t, y, out, starts, sizes, WORLD=world, LOOPBACK=space.loopback, BLOCK=BLOCK,
+        ALIGNED=all(n * y.element_size() % 16 == 0 for n in sizes), WAIT=wait)
     return out
 
 

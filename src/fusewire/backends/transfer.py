@@ -142,6 +142,8 @@ def _specialised(arg: Any) -> Any:
     """What of an argument Triton compiles a kernel for."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, tuple):
+        return tuple(map(_specialised, arg))
     return arg == 1, arg % 16 == 0, arg < 1 << 31
 
 

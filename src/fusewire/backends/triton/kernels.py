@@ -188,6 +188,25 @@ def _divide(y, by, inverse):
     return q
 
 
+@triton.jit
+def _divide_blocks(y, by):
+    """y (blocks, n) / by (blocks,), for `by` as `_scale_of` gives it of a block: what e4m3 makes of it is what it makes of the
+    quotient, correctly rounded.
+
+    `_divide`'s two steps, once powers of two have brought `by` to where no intermediate of a quotient that e4m3 tells from zero
+    overflows or vanishes; smaller ones keep their sign alone. An infinite `by` has quotients of zero, and NaN of infinity.
+    """
+    shift = tl.where(by > 2.0**60, 2.0**-64, tl.where(by < 2.0**-60, 2.0**64, 1.0))
+    by = by * shift
+    inverse = _inverse(by)[:, None]
+    by = tl.where(by == float("inf"), 0.0, by)[:, None]
+    y = y * shift[:, None]
+    q = y * inverse
+    exact = tl.fma(tl.fma(-q, by, y), inverse, q)
+    return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, 0x80000000, 0xD8;", "=r,r,r", [exact, q], dtype=tl.float32, is_pure=True,
+                                     pack=1)  # with the sign of q
+
+
 def _e2m1_asm() -> str:
     """Eight e2m1 codes from float32 $1..$4 (even elements) and $5..$8 (odd ones), masked, a byte each, by $9..$12.
 
@@ -249,8 +268,7 @@ def _quantized(y, param, inverse, FMT: tl.constexpr):
         amax = _amax(blocks, 1)
         if FMT == "fp8_block":
             scale = _scale_of(amax)
-            q = tl.div_rn(blocks, tl.broadcast_to(scale[:, None], (N // SIZE, SIZE)))
-            return tl.reshape(q, (N,)).to(tl.float8e4nv), scale
+            return tl.reshape(_divide_blocks(blocks, scale), (N,)).to(tl.float8e4nv), scale
         elif FMT == "mxfp8":
             exponent = _bits(amax) >> 23 & 255
             byte = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
@@ -262,10 +280,12 @@ def _quantized(y, param, inverse, FMT: tl.constexpr):
             encode = _inverse(scale.to(tl.float32) * inverse)
             encode = tl.where(encode > _FLT_MAX, _FLT_MAX, encode)  # NaN stays
             scaled = blocks * encode[:, None]
-            # For such a param encode may be 0, and infinity times it NaN in a block whose scale is none. A loop of one turn, as
-            # an `if` would become a select for every element.
+            # For such a param encode may be 0, and infinity times it NaN in a block whose scale is none. A loop of one turn with
+            # code that nobody may run in advance, as an `if` would become a select for every element.
             for _ in range(0 if param > 2.0**-100 else 1):
-                scaled = tl.where(scaled == scaled, scaled, 0.0)
+                scaled = tl.inline_asm_elementwise(
+                    "{ .reg .pred p; setp.nan.f32 p, $1, $1; selp.f32 $0, 0f00000000, $1, p; }", "=r,r", [scaled], dtype=tl.float32,
+                    is_pure=False, pack=1)
             return _e2m1(scaled, tl.where(encode == encode, -1, 0), SIZE), scale
 
 

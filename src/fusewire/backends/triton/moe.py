@@ -1,6 +1,8 @@
 """Mixture of experts on one GPU: route, quantize and pack by one kernel; a grouped matmul that pads no expert."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ...ops import moe
 from .. import device
 from .launch import HIDDEN, block_of, processors
 
-TOKENS = 16  # that one program chooses experts for
+TOKENS = 4  # that one program chooses experts for: one for each warp
 TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128, 256, 128), "fp8_block": (128, 128, 128),
         "nvfp4": (128, 256, 64)}
 """Format -> (rows, columns, depth) of the grouped matmul's tiles."""
@@ -19,8 +21,8 @@ def _power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def _why_not_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
-                  scale: float, how: str, fmt: str) -> str | None:
+def why_not_routed(x: Tensor, weight: Tensor, groups: int, top_groups: int, fmt: str) -> str | None:
+    """Why tokens x (tokens, hidden) cannot be routed by a router's weight and quantized here; None if they can."""
     if (why := device.why_not(x.device)) is not None:
         return why
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
@@ -31,17 +33,24 @@ def _why_not_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor 
         return f"hidden = {hidden} is not in {HIDDEN.start} to {HIDDEN.stop - 1}"
     if formats.get(fmt).layout != "linear":
         return f"{fmt} does not travel: its scales are swizzled"
+    n = weight.shape[0]
+    if n > 1024:
+        return f"{n} experts are more than 1024"
+    if top_groups < groups and not (_power_of_two(n) and _power_of_two(groups) and n // groups > 1):
+        return f"{groups} groups of {n} experts are not powers of two"
+    return None
+
+
+def _why_not_pack(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
+                  scale: float, how: str, fmt: str) -> str | None:
+    if (why := why_not_routed(x, weight, groups, top_groups, fmt)) is not None:
+        return why
     at, fields = 0, moe.record_like(x, weight, k, fmt)
     record = moe.record_bytes(x, weight, k, fmt)
     for field in fields:
         if at % field.element_size() or record % field.element_size():
             return f"a record of {record} bytes, with {field.dtype} at byte {at}, is not aligned"
         at += field.shape[1] * field.element_size()
-    n = weight.shape[0]
-    if n > 1024:
-        return f"{n} experts are more than 1024"
-    if top_groups < groups and not (_power_of_two(n) and _power_of_two(groups) and n // groups > 1):
-        return f"{groups} groups of {n} experts are not powers of two"
     return None
 
 
@@ -72,17 +81,34 @@ def pack(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
 
     rows, hidden = x.shape
     widths = [t.shape[1] * t.element_size() for t in moe.record_like(x, weight, k, fmt)]
-    n, record, parts = weight.shape[0], sum(widths), sum(widths[:-2])
-    out = torch.empty(rows, record, dtype=torch.uint8, device=x.device)
+    out = torch.empty(rows, sum(widths), dtype=torch.uint8, device=x.device)
     if rows:
-        moe_kernels.route_quantize_pack[-(-rows // TOKENS) + rows,](
-            x, scores, scores if bias is None else bias, params[0] if params else scores, out, rows, scale,
-            HIDDEN=hidden, BLOCK=block_of(hidden), X_STRIDE=x.stride(0), FMT=fmt, RECORD=record, SCALES_AT=widths[0],
-            WEIGHTS_AT=parts, K=k, GROUPS=groups, TOP_GROUPS=top_groups, SIGMOID="sigmoid" in how,
-            RENORMALIZED=how.endswith("renormalized"),
-            HAS_BIAS=bias is not None, EXPERTS=n, EXPERTS_BLOCK=max(16, 1 << (n - 1).bit_length()), SLOTS=1 << (k - 1).bit_length(),
-            TOKENS=TOKENS, num_warps=min(16, max(4, block_of(hidden) // 1024)))
+        _, warps, registers = row_shape(hidden)
+        share = 1 if rows <= 8 * processors(x) else 2
+        moe_kernels.route_quantize_pack[-(-rows // TOKENS) + -(-rows // share),](
+            x, scores, scores if bias is None else bias, params[0] if params else scores, out, rows, scale, share,
+            **row_constants(x, weight, bias, k, groups, top_groups, how, fmt), RECORD=sum(widths), SCALES_AT=widths[0],
+            WEIGHTS_AT=sum(widths[:-2]), num_warps=warps, maxnreg=registers)
     return out
+
+
+def row_shape(hidden: int) -> tuple[int, int, int]:
+    """(elements of a piece, warps, registers of a thread) of a program that quantizes rows. A piece has 8 elements, 16 bytes, for
+    each thread, if rows have no rest then; else it is a whole row."""
+    warps = 4 if hidden <= 8192 else 8
+    if hidden % (256 * warps) == 0:
+        return 256 * warps, warps, 64
+    return block_of(hidden), max(4, block_of(hidden) // 1024), 128
+
+
+def row_constants(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int, how: str,
+                  fmt: str) -> dict[str, Any]:
+    """The constants of kernels that route and quantize rows."""
+    n, hidden = weight.shape
+    return dict(
+        HIDDEN=hidden, PIECE=row_shape(hidden)[0], X_STRIDE=x.stride(0), FMT=fmt, K=k, GROUPS=groups, TOP_GROUPS=top_groups,
+        SIGMOID="sigmoid" in how, RENORMALIZED=how.endswith("renormalized"), HAS_BIAS=bias is not None, EXPERTS=n,
+        EXPERTS_BLOCK=1 << (n - 1).bit_length(), TOKENS=TOKENS)
 
 
 def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str,

@@ -4,7 +4,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _amax, _below, _inverse, _quantized, _scale_of, _store_parts, _wide
+from .kernels import (
+    ROWS_PER_FLAG,
+    _amax,
+    _at,
+    _below,
+    _bits,
+    _came_last,
+    _count_in,
+    _epoch,
+    _inverse,
+    _larger,
+    _leave_epoch,
+    _quantized,
+    _scale_of,
+    _set_if,
+    _store_parts,
+    _wait,
+    _wide,
+)
 
 
 @triton.jit
@@ -30,10 +48,37 @@ def router_logits(x, w, out, rows, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, 
 
 
 @triton.jit
-def _choose(logits, bias, records, first, rows, scale, K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+def _two_best(a, after_a, b, after_b):
+    """The two largest of (a, after_a) and (b, after_b), the larger first in each."""
+    return tl.maximum(a, b), tl.maximum(tl.minimum(a, b), tl.maximum(after_a, after_b))
+
+
+@triton.jit
+def _ordered(x):
+    """float32 as int32 in the same order, NaN the largest: a warp finds the largest integer in one instruction."""
+    bits = _bits(x)
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+
+@triton.jit
+def _scatter(to, place, values, SIZE: tl.constexpr):
+    """Store the low SIZE bytes of each value to element `place` behind a pointer, if that is not negative: by the thread that has
+    it, where tl.store would first bring all of them into the order of their addresses."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b64 at; setp.ge.s32 p, $2, 0; mad.wide.s32 at, $2, $4, $1; @p st.global.b"
+        + ("32" if SIZE == 4 else "16" if SIZE == 2 else "8") + " [at], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r,n", [to.to(tl.int64), place, values, SIZE], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _choose(logits, bias, first, rows, scale, to_ids, to_weights, K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
             SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-            SLOTS: tl.constexpr, TOKENS: tl.constexpr, RECORD: tl.constexpr, WEIGHTS_AT: tl.constexpr):
-    """Weights and ids of TOKENS tokens from `first` on, into their records: `ops.moe.CHOICES`."""
+            TOKENS: tl.constexpr, ID_STRIDE: tl.constexpr, WEIGHT_STRIDE: tl.constexpr):
+    """The experts of TOKENS tokens from `first` on and their weights, see `ops.moe.CHOICES`, to rows of so many elements.
+
+    A token's experts lie in one warp from the load to the store; what was chosen is marked where it lies.
+    """
+    LOWEST: tl.constexpr = -(1 << 31)
     token = first + tl.arange(0, TOKENS)
     expert = tl.arange(0, BLOCK)
     there = expert < EXPERTS
@@ -45,101 +90,248 @@ def _choose(logits, bias, records, first, rows, scale, K: tl.constexpr, GROUPS: 
         c = p
         if HAS_BIAS:
             c = p + tl.load(bias + expert, mask=there, other=0.0).to(tl.float32)[None, :]
-        c = tl.where(there[None, :], c, minus)
         if TOP_GROUPS < GROUPS:  # EXPERTS == BLOCK then
-            SIZE: tl.constexpr = BLOCK // GROUPS
-            grouped = tl.reshape(c, (TOKENS, GROUPS, SIZE))
-            inner = tl.arange(0, SIZE)
-            best = tl.max(grouped, 2)
-            where = tl.argmax(grouped, 2, tie_break_left=True)
-            second = tl.max(tl.where(inner[None, None, :] == where[:, :, None], minus, grouped), 2)
+            grouped = tl.reshape(c, (TOKENS, GROUPS, BLOCK // GROUPS))
+            best, second = tl.reduce((grouped, tl.full(grouped.shape, minus, tl.float32)), 2, _two_best)
             value = best + second
             group = tl.arange(0, GROUPS)
-            for _ in tl.static_range(TOP_GROUPS):
-                top = tl.argmax(value, 1, tie_break_left=True)
-                value = tl.where(group[None, :] == top[:, None], minus, value)
-            c = tl.reshape(tl.where((value == minus)[:, :, None], grouped, minus), (TOKENS, BLOCK))
+            of, other = value[:, :, None], value[:, None, :]
+            better = (other > of) | ((other == of) & (group[None, None, :] < group[None, :, None]))
+            kept = tl.sum(better.to(tl.int32), 2) < TOP_GROUPS
+            c = tl.reshape(tl.where(kept[:, :, None], grouped, minus), (TOKENS, BLOCK))
     else:
         e = tl.exp(x - tl.max(x, 1)[:, None])
         p = e / tl.sum(e, 1)[:, None]
-        c = tl.where(there[None, :], p, minus)
-    slot = tl.arange(0, SLOTS)
-    ids = tl.zeros((TOKENS, SLOTS), tl.int32)
-    weights = tl.zeros((TOKENS, SLOTS), tl.float32)
+        c = p
+    key = tl.where(there[None, :], _ordered(c), LOWEST)
+    place = tl.full((TOKENS, BLOCK), -1, tl.int32)
     for i in tl.static_range(K):
-        top = tl.argmax(c, 1, tie_break_left=True)
-        chosen = expert[None, :] == top[:, None]
-        value = tl.sum(tl.where(chosen, p, 0.0), 1)
-        ids = tl.where(slot[None, :] == i, top[:, None], ids)
-        weights = tl.where(slot[None, :] == i, value[:, None], weights)
-        c = tl.where(chosen, minus, c)
+        largest = key == tl.max(key, 1)[:, None]
+        chosen = expert[None, :] == tl.min(tl.where(largest, expert[None, :], BLOCK), 1)[:, None]  # the first of equals
+        place = tl.where(chosen, i, place)
+        key = tl.where(chosen, LOWEST, key)
     if RENORMALIZED:
-        total = tl.sum(weights, 1)
+        total = tl.sum(tl.where(place >= 0, p, 0.0), 1)
         if SIGMOID:
             total += 1e-20
-        weights = weights / total[:, None]
-    record = records + token[:, None].to(tl.int64) * RECORD
-    inside = (token < rows)[:, None] & (slot < K)[None, :]
-    tl.store((record + WEIGHTS_AT).to(tl.pointer_type(tl.float32)) + slot[None, :], weights * scale, mask=inside)
-    ids_at = record + WEIGHTS_AT + 4 * K
-    if EXPERTS <= 256:
-        tl.store(ids_at + slot[None, :], ids.to(tl.uint8), mask=inside)
-    else:
-        tl.store(ids_at.to(tl.pointer_type(tl.int16)) + slot[None, :], ids.to(tl.int16), mask=inside)
+        p = p / total[:, None]
+    place = tl.where((token < rows)[:, None], place, -1)
+    row = token.to(tl.int64)
+    _scatter((to_weights + row * WEIGHT_STRIDE)[:, None], place, p * scale, 4)
+    _scatter((to_ids + row * ID_STRIDE)[:, None], place, expert[None, :], to_ids.dtype.element_ty.primitive_bitwidth // 8)
+
+
+# ---- rows, in pieces of PIECE elements, a power of two: small ones keep a thread's registers few and its loads apart ----
 
 
 @triton.jit
-def _pack_row(x, parameter, records, row, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr, FMT: tl.constexpr,
-              RECORD: tl.constexpr, SCALES_AT: tl.constexpr):
-    """The parts of one row, into its record."""
-    at = tl.arange(0, BLOCK)
-    inside = _below(at, HIDDEN, BLOCK)
-    mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
-    record = records + row * RECORD
-    if FMT == "bf16":
-        tl.store(record.to(tl.pointer_type(mine.dtype)) + at, mine, mask=inside)
+def _load_row(x, row, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr):
+    """The pieces of row number `row`, int64, all of them on their way at once."""
+    PIECES: tl.constexpr = (HIDDEN + PIECE - 1) // PIECE
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        at = i * PIECE + tl.arange(0, PIECE)
+        piece = tl.load(x + row * X_STRIDE + at, mask=_below(at, HIDDEN, PIECES * PIECE), other=0.0)
+        pieces = pieces + (piece,)  # type: ignore[assignment]  # noqa: RUF005  (Triton's tuples)
+    return pieces
+
+
+@triton.jit
+def _given(parameter, FMT: tl.constexpr):
+    """(the scalar of all rows, 1 / it), of formats that have one."""
+    if FMT == "fp8_tensor" or FMT == "nvfp4":
+        param = tl.load(parameter)
+        return param, _inverse(param)
     else:
-        y = _wide(mine)
-        if FMT == "fp8_token":
-            param = _scale_of(_amax(y, 0))
-        elif FMT == "fp8_tensor" or FMT == "nvfp4":
-            param = tl.load(parameter)
-        else:
-            param = 1.0
-        codes, scale = _quantized(y, param, _inverse(param) if FMT != "fp8_block" and FMT != "mxfp8" else param, FMT)
-        if FMT == "nvfp4":
-            data = record
-        else:
-            data = record.to(tl.pointer_type(tl.float8e4nv))
-        if FMT == "nvfp4":
-            scales = (record + SCALES_AT).to(tl.pointer_type(tl.float8e4nv))
-        elif FMT == "mxfp8":
-            scales = record + SCALES_AT
-        else:
-            scales = (record + SCALES_AT).to(tl.pointer_type(tl.float32))
-        _store_parts(codes, scale, data, scales, 0, 0, HIDDEN, BLOCK, FMT, False, BLOCK)
+        return 1.0, 1.0
 
 
-@triton.jit(do_not_specialize=["rows", "scale"])
+@triton.jit
+def _own(pieces, param, inverse, FMT: tl.constexpr):
+    """(the scalar of a row, 1 / it): the given one's, but for per-token FP8."""
+    if FMT == "fp8_token":
+        largest = tl.abs(_wide(pieces[0]))
+        for i in tl.static_range(1, len(pieces)):
+            largest = _larger(largest, tl.abs(_wide(pieces[i])))
+        param = _scale_of(_amax(largest, 0))
+        return param, _inverse(param)
+    else:
+        return param, inverse
+
+
+@triton.jit
+def _quantized_piece(mine, param, inverse, FMT: tl.constexpr):
+    """(codes, scales) of a piece; of bf16 its elements, twice."""
+    if FMT == "bf16":
+        return mine, mine
+    else:
+        return _quantized(_wide(mine), param, inverse, FMT)
+
+
+@triton.jit
+def _store_piece(codes, scale, data, scales, row, I: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, FMT: tl.constexpr):
+    """Write what `_quantized_piece` gave of the I-th piece to row `row` of the parts."""
+    ALL: tl.constexpr = (HIDDEN + PIECE - 1) // PIECE * PIECE
+    if FMT == "bf16":
+        at = I * PIECE + tl.arange(0, PIECE)
+        tl.store(data + row * HIDDEN + at, codes, mask=_below(at, HIDDEN, ALL))
+    else:
+        DATA: tl.constexpr = "fp8_tensor" if FMT == "fp8_token" and I > 0 else FMT  # a row's scale is written once
+        _store_parts(codes, scale, data, scales, row, I * PIECE, HIDDEN, ALL, DATA, False, PIECE)
+
+
+@triton.jit(do_not_specialize=["rows", "scale", "share"])
 def route_quantize_pack(
-    x, logits, bias, parameter, records, rows, scale, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+    x, logits, bias, parameter, records, rows, scale, share, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr,
     FMT: tl.constexpr, RECORD: tl.constexpr, SCALES_AT: tl.constexpr, WEIGHTS_AT: tl.constexpr, K: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
-    EXPERTS_BLOCK: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):
     """Records (rows, RECORD) of x (rows, HIDDEN) and its logits (rows, EXPERTS).
 
-    The first ceil(rows / TOKENS) programs choose experts, TOKENS tokens each, so that most of a reduction stays within a warp;
-    each of the others packs one row, and memory hides the choice.
+    The first ceil(rows / TOKENS) programs choose experts, TOKENS tokens each; each of the others packs `share` rows.
     """
     choosers = tl.cdiv(rows, TOKENS)
     program = tl.program_id(0)
     if program < choosers:
-        _choose(logits, bias, records, program * TOKENS, rows, scale, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED, HAS_BIAS,
-                EXPERTS, EXPERTS_BLOCK, SLOTS, TOKENS, RECORD, WEIGHTS_AT)
+        WIDTH: tl.constexpr = 1 if EXPERTS <= 256 else 2
+        to_ids = (records + WEIGHTS_AT + 4 * K).to(tl.pointer_type(tl.uint8 if WIDTH == 1 else tl.int16))
+        to_weights = (records + WEIGHTS_AT).to(tl.pointer_type(tl.float32))
+        _choose(logits, bias, program * TOKENS, rows, scale, to_ids, to_weights, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED,
+                HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, RECORD // WIDTH, RECORD // 4)
     else:
-        _pack_row(x, parameter, records, (program - choosers).to(tl.int64), HIDDEN, BLOCK, X_STRIDE, FMT, RECORD, SCALES_AT)
+        param, inverse = _given(parameter, FMT)
+        start = (program - choosers) * share
+        for r in range(start, tl.minimum(start + share, rows)):
+            row = tl.cast(r, tl.int64)
+            pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
+            param, inverse = _own(pieces, param, inverse, FMT)
+            record = records + row * RECORD
+            for i in tl.static_range(len(pieces)):
+                codes, factor = _quantized_piece(pieces[i], param, inverse, FMT)
+                _store_piece(codes, factor, record.to(tl.pointer_type(codes.dtype)),
+                             (record + SCALES_AT).to(tl.pointer_type(factor.dtype)), 0, i, HIDDEN, PIECE, FMT)
+
+
+# ---- dispatch ----
+
+
+@triton.jit
+def _copy(source, to, first, rows, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy rows `first` and following, of ROW bytes, from an address, a multiple of 16, to contiguous rows."""
+    UNIT: tl.constexpr = 4 if ROW % 4 == 0 else 1
+    T: tl.constexpr = tl.int32 if UNIT == 4 else tl.uint8
+    start = first * (ROW // UNIT)
+    n = rows * (ROW // UNIT)
+    of = tl.multiple_of(source, 16).to(tl.pointer_type(T)) + start
+    into = to.to(tl.pointer_type(T)) + start
+    for b in range(0, n, BLOCK):
+        at = b + tl.arange(0, BLOCK)
+        tl.store(into + at, tl.load(of + at, mask=at < n, cache_modifier=".cg"), mask=at < n)
+
+
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "scale", "scales_at", "weights_at", "ids_at",
+                               "share", "copied", "most", "senders"])
+def route_quantize_push(
+    x, logits, bias, parameter, data, scales, weights, ids, counters,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns,
+    counts, starts, scale, scales_at, weights_at, ids_at, share, copied, most, senders,
+    WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr,
+    FMT: tl.constexpr, DATA_ROW: tl.constexpr, SCALES_ROW: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHOSEN: tl.constexpr, WAIT: tl.constexpr,
+):
+    """What `route_quantize_pack` makes, of every rank's rows, part by part instead of record by record.
+
+    x, logits      of this rank's rows, which need not be as many on each rank
+    data, scales   the parts of FMT, rows of DATA_ROW and SCALES_ROW bytes, contiguous, of all ranks' rows in rank order
+    weights, ids   (rows of all ranks, K), likewise
+    counters       int32 (ceil(rows / ROWS_PER_FLAG),), all 0
+    counts, starts 16 times the rows of each rank, and those before them, in the order rank, rank + 1, ... (Triton compiles a
+                   kernel for each set of numbers in a tuple that are 1 or divisible by 16: these all are the latter)
+    share          rows that a program does for one fence: a divisor of ROWS_PER_FLAG
+    most           flags that the rank with the most rows has
+    copied         rows that a program copies at once, likewise
+    senders        programs that send; the others copy what has come, so that the wire need not wait for that
+    CHOSEN         power of two, at least TOKENS * K
+
+    The half of the epoch has the four tensors one behind the other, from bytes 0, scales_at, weights_at and ids_at on. Rank s sets
+    flag `s * most + r // ROWS_PER_FLAG` once these rows of its own have come; a rank without rows sets its first.
+    """
+    pid = tl.program_id(0)
+    epoch = _epoch(state)
+    tl.debug_barrier()
+    counted = _count_in(state)
+    parity = (epoch & 1).to(tl.int64)
+    half = parity * nbytes
+    flags_at = parity * flag_count * 4
+    if pid < senders:
+        param, inverse = _given(parameter, FMT)
+        rows = counts[0] // 16
+        own = (starts[0] // 16).to(tl.int64)
+        if (rows == 0) & (pid == 0):
+            for i in tl.static_range(1, WORLD):
+                _set_if(1, peer_flags[i] + flags_at + rank * most * 4, epoch)
+        a_block = ROWS_PER_FLAG // TOKENS + ROWS_PER_FLAG // share
+        rest = rows % ROWS_PER_FLAG
+        tasks = rows // ROWS_PER_FLAG * a_block + tl.cdiv(rest, TOKENS) + tl.cdiv(rest, share)
+        for task in range(pid, tasks, senders):
+            block = task // a_block
+            nth = task % a_block
+            start = block * ROWS_PER_FLAG
+            of_block = tl.minimum(ROWS_PER_FLAG, rows - start)
+            choosers = tl.cdiv(of_block, TOKENS)
+            if nth < choosers:
+                first = start + nth * TOKENS
+                _choose(logits, bias, first, rows, scale, ids + own * K, weights + own * K, K, GROUPS, TOP_GROUPS, SIGMOID,
+                        RENORMALIZED, HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, K, K)
+                tl.debug_barrier()
+                at = first * K + tl.arange(0, CHOSEN)
+                inside = at < tl.minimum(first + TOKENS, rows) * K
+                chosen = tl.load(ids + own * K + at, mask=inside)
+                weight = tl.load(weights + own * K + at, mask=inside)
+                for i in tl.static_range(1, WORLD):
+                    to = peer_data[i] + half
+                    before = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) * K
+                    tl.store(_at(to + ids_at, ids) + before + at, chosen, mask=inside)
+                    tl.store(_at(to + weights_at, weights) + before + at, weight, mask=inside)
+            else:
+                first = start + (nth - choosers) * share
+                for r in range(first, tl.minimum(first + share, start + of_block)):
+                    row = tl.cast(r, tl.int64)
+                    pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
+                    param, inverse = _own(pieces, param, inverse, FMT)
+                    for p in tl.static_range(len(pieces)):
+                        codes, factor = _quantized_piece(pieces[p], param, inverse, FMT)
+                        _store_piece(codes, factor, data, scales, own + row, p, HIDDEN, PIECE, FMT)
+                        for i in tl.static_range(1, WORLD):
+                            to = peer_data[i] + half
+                            at = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) + row
+                            _store_piece(codes, factor, _at(to, data), _at(to + scales_at, scales), at, p, HIDDEN, PIECE, FMT)
+            tl.debug_barrier()
+            last = _came_last(counters + block, choosers + tl.cdiv(of_block, share))
+            for i in tl.static_range(1, WORLD):
+                source = (rank + i) % WORLD if LOOPBACK else rank
+                _set_if(last, peer_flags[i] + flags_at + (source * most + block) * 4, epoch)
+    else:
+        here = peer_data[0] + half
+        for group in range(pid - senders, most * (ROWS_PER_FLAG // copied), tl.num_programs(0) - senders):
+            first = group * copied
+            for i in tl.static_range(1, WORLD):
+                peer = (rank + i) % WORLD
+                rows = counts[i] // 16
+                if first < tl.maximum(rows, 1):
+                    if WAIT:
+                        flag = peer_flags[0] + flags_at + (peer * most + first // ROWS_PER_FLAG) * 4
+                        _wait(flag, epoch, first, peer, report, op, limit_ns, 1)
+                    n = tl.minimum(copied, rows - first)
+                    row = (starts[i] // 16 + first).to(tl.int64)
+                    _copy(here, data, row, n, DATA_ROW, 2048)
+                    if SCALES_ROW > 0:
+                        _copy(here + scales_at, scales, row, n, SCALES_ROW, 512)
+                    _copy(here + weights_at, weights, row, n, 4 * K, 128)
+                    _copy(here + ids_at, ids, row, n, K if EXPERTS <= 256 else 2 * K, 128)
+    _leave_epoch(state, counted)
 
 
 @triton.jit(do_not_specialize=["rows"])

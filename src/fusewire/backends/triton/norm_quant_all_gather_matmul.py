@@ -2,23 +2,19 @@
 from __future__ import annotations
 
 import math
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import formats
-from ...errors import FusewireError
 from ...ops.collectives import world_size
 from ...ops.dense import linear, matmul
 from ...ops.fused import norm_quant_all_gather_matmul
 from .. import workspace
-from .launch import align, block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
+from .launch import ROWS_PER_FLAG, align, block_of, counters, launch, new_parts, processors, row_bytes, row_constants, why_not
 
 NAME = "norm_quant_all_gather_matmul"
-ROWS_PER_FLAG = 128
-_counters: weakref.WeakKeyDictionary[workspace.Workspace, Tensor] = weakref.WeakKeyDictionary()
 
 
 class Pushed(NamedTuple):
@@ -66,17 +62,6 @@ def _together(rows: int, programs: int) -> int:
     return next(n for n in (8, 4, 2, 1) if most % n == 0)
 
 
-def _counters_of(space: workspace.Workspace) -> Tensor:
-    """int32 zeros, one for each flag that a rank can have: what counts until ROWS_PER_FLAG rows have been sent."""
-    if space not in _counters:
-        if torch.cuda.is_current_stream_capturing():
-            raise FusewireError(f"{NAME}: it has not run in group {space.group!r} yet, and a CUDA graph is captured; run the model "
-                                "once before the capture")
-        most = space.nbytes // (space.world_size * 32 * ROWS_PER_FLAG) + 1  # a row has at least 32 bytes
-        _counters[space] = torch.zeros(most, dtype=torch.int32, device=space.device)
-    return _counters[space]
-
-
 def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
          params: list[Tensor], fmt: str, group: str, gather: bool, wait: bool = True) -> Pushed:
     """Residual add, RMSNorm, quantize this rank's rows and push the parts to every peer.
@@ -102,7 +87,7 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
         warps, resident = _launch_shape(hidden)
         constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space) | {"GATHER": gather, "WAIT": wait}
         tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1],
-                   _counters_of(space), ticket]
+                   counters(NAME, space), ticket]
         programs = min(rows, resident * processors(x))
         launch(kernels.norm_quant_push, NAME, programs, warps, resident, space, tensors,
                (rows, eps, offset, scales_at, _together(rows, programs)), constants)

@@ -143,25 +143,30 @@ def _scatter(v, i, at, n, data, rank, like, WORLD: tl.constexpr, LOOPBACK: tl.co
 
 
 @triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
-def push_and_add(data, flags, entered, state, last, report, half, rank, op, limit_ns, y, out, n,
+def push_and_add(data, flags, entered, state, last, report, half, rank, op, limit_ns, y, out, starts, sizes,
                 WORLD: tl.constexpr, LOOPBACK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WAIT: tl.constexpr):
-    """reduce_scatter of y (world * n,) to out (n,): chunks go to their owners' slots, then each owner adds them."""
-    mine = y + tl.cast(rank, tl.int64) * n
+    """reduce_scatter of y to out: chunks of y, sizes[i] elements from starts[i] on, in the order rank, rank + 1, ..., go to their
+    owners' slots, then each owner adds them."""
+    n = sizes[0]
+    mine = y + tl.cast(starts[0], tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(0) * BLOCK
     # under way before the epoch is asked for
-    first = tl.load(y + tl.cast((rank + 1) % WORLD, tl.int64) * n + at, mask=at < n)
+    first = tl.load(y + tl.cast(starts[1], tl.int64) + at, mask=at < sizes[1])
     own = tl.load(mine + at, mask=at < n)
     epoch = _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
-    _scatter(first, 1, at, n, data, rank, y, WORLD, LOOPBACK, ALIGNED)
+    _scatter(first, 1, at, sizes[1], data, rank, y, WORLD, LOOPBACK, ALIGNED)
     for i in tl.static_range(2, WORLD):
-        v = tl.load(y + tl.cast((rank + i) % WORLD, tl.int64) * n + at, mask=at < n)
-        _scatter(v, i, at, n, data, rank, y, WORLD, LOOPBACK, ALIGNED)
-    for b in range(tl.program_id(0) + tl.num_programs(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        v = tl.load(y + tl.cast(starts[i], tl.int64) + at, mask=at < sizes[i])
+        _scatter(v, i, at, sizes[i], data, rank, y, WORLD, LOOPBACK, ALIGNED)
+    most = sizes[1]
+    for i in tl.static_range(2, WORLD):
+        most = tl.maximum(most, sizes[i])
+    for b in range(tl.program_id(0) + tl.num_programs(0), tl.cdiv(most, BLOCK), tl.num_programs(0)):
         later = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         for i in tl.static_range(1, WORLD):
-            v = tl.load(y + tl.cast((rank + i) % WORLD, tl.int64) * n + later, mask=later < n)
-            _scatter(v, i, later, n, data, rank, y, WORLD, LOOPBACK, ALIGNED)
+            v = tl.load(y + tl.cast(starts[i], tl.int64) + later, mask=later < sizes[i])
+            _scatter(v, i, later, sizes[i], data, rank, y, WORLD, LOOPBACK, ALIGNED)
     _signal(epoch, flags, rank, WORLD, LOOPBACK)
     if WAIT:
         _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
