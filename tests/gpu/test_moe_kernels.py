@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_kernels_have_their_references_numbers():
     """Parts bit for bit, a token's logits whatever the others are, experts outside of rounding, grouped matmuls to rounding."""
-    from fusewire.bench.moe import check
+    from fusewire.bench.moe_kernels import check
 
     assert check(torch.device("cuda")) == []
 

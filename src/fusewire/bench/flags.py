@@ -25,8 +25,8 @@ def counts(text: str) -> list[int]:
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    bench = commands.add_parser("bench", help="measure ops, or a model-shaped stack, against others and against the ideal")
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="{ops,model}")
+    bench = commands.add_parser("bench", help="measure ops, a model-shaped stack or experts against others and the ideal")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="{ops,model,moe}")
 
     ops = kinds.add_parser("ops", help="our ops against NCCL, PyTorch's fused ops and the matmul alone; numbers are checked first")
     ops.add_argument("--ops", type=names, default="all_gather_matmul,matmul_reduce_scatter", metavar="OP,...",
@@ -47,9 +47,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     model.add_argument("--eager", action="store_true", help="call by call, not as CUDA graphs")
     model.set_defaults(main=_model)
 
-    for p in (ops, model):
-        p.add_argument("--formats", type=names, default="fp8_tensor", metavar="FORMAT,...", help="default fp8_tensor")
-        p.add_argument("--shape", default="llama-3-70b", help=f"of {', '.join(SHAPES)} (default llama-3-70b)")
+    moe = kinds.add_parser("moe", help="dispatch and combine of DeepSeek-R1's experts against NCCL, and on one GPU its kernels")
+    moe.add_argument("--tokens", type=counts, default="1,4,16,64,256,512,1024,2048,4096,8192", metavar="N,...",
+                     help="tokens of each rank (default 1,4,16,64,256,512,...,8192)")
+    moe.add_argument("--parts", type=names, metavar="PART,...",
+                     help="of exchange, and, on one GPU, pack, grouped_matmul (default: the first; with --loopback all)")
+    moe.set_defaults(main=_moe)
+
+    for p in (ops, model, moe):
+        default = "bf16,fp8_block,nvfp4" if p is moe else "fp8_tensor"
+        p.add_argument("--formats", type=names, default=default, metavar="FORMAT,...", help=f"default {default}")
+        if p is not moe:
+            p.add_argument("--shape", default="llama-3-70b", help=f"of {', '.join(SHAPES)} (default llama-3-70b)")
         p.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, metavar="N", help="how many ranks (default 2)")
         p.add_argument("--loopback", action="store_true",
                        help="one process plays all ranks: kernels and protocol without the wire; results are marked")
@@ -60,6 +69,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _ops(args: argparse.Namespace) -> int:
     from .ops import command
+
+    return command(args)
+
+
+def _moe(args: argparse.Namespace) -> int:
+    from .moe import command
 
     return command(args)
 

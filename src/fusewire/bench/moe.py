@@ -1,205 +1,282 @@
-"""Mixture of experts on one GPU, by the shapes of DeepSeek-R1: `python -m fusewire.bench.moe` prints lines of JSON and tables."""
+"""`fusewire bench moe`: dispatch and combine of a mixture of experts with DeepSeek-R1's shapes, and on one GPU its kernels."""
 from __future__ import annotations
 
-import itertools
-import json
-import sys
+import argparse
+import functools
 from collections.abc import Callable, Iterator
-from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from .. import formats, timing
+from .. import backends, compat, formats, timing  # noqa: F401  (backends register themselves)
+from .. import group as groups
+from ..backends import workspace
+from ..backends.triton import expert_parallel as transport
 from ..backends.triton import moe as triton
-from ..group import Group, close, loopback_group
+from ..errors import FusewireError, InputError
+from ..group import Group
 from ..ops import moe
 from ..ops.collectives import all_gather, reduce_scatter
-from ..ops.moe import dispatch, route_quantize_pack
-from .results import about
+from ..ops.moe import CHOICES, dispatch, id_dtype, pack, unpack
+from . import moe_kernels, results
+from .cases import ROTATED_BYTES, params
+from .moe_kernels import CHOSEN, EXPERTS, GROUPS, HIDDEN, HOW, SCALE, TOP_GROUPS
+from .ops import measured_link
+from .ranks import meet, start
 
-HIDDEN, MID, EXPERTS, CHOSEN, GROUPS, TOP_GROUPS, SCALE = 7168, 2048, 256, 8, 8, 4, 2.5
-HOW = "grouped_sigmoid_renormalized"
-PACK_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
-LOCAL = 8  # experts of a rank whose matmuls are timed; 32 ranks would hold all
-ROWS_AN_EXPERT = (8, 32, 128, 512, 1024, 2048, 4096)
-
-
-def _copy(nbytes: int, device: torch.device) -> Callable[[], object]:
-    """A copy that reads and writes `nbytes` in all."""
-    a = torch.empty(nbytes // 2, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    return lambda: b.copy_(a)
+PARTS = ("exchange", "pack", "grouped_matmul")
+MORE_ERROR = 1.5  # than the reference's, of sums that are not in rank order
+MOST_VERSIONS = 20
 
 
-def pack_lines(device: torch.device, tokens: tuple[int, ...] = PACK_TOKENS) -> Iterator[dict]:
-    """Route + quantize + pack of known logits, beside a copy that moves as many bytes; `share` is of the copy's bandwidth."""
-    group = loopback_group(1)
-    weight = torch.randn(EXPERTS, HIDDEN, device=device).bfloat16()
-    bias = 0.1 * torch.randn(EXPERTS, device=device)
+class Way(NamedTuple):
+    """One way to exchange tokens or shares.
+
+    what             "dispatch" of tokens whose logits are known, "router + dispatch", or "combine" of the experts' shares
+    bytes_per_token  that go to each peer
+    run              version of the inputs -> the outputs
+    exact            its bits must be those of the first way to do the same in the same format
+    """
+
+    what: str
+    fmt: str
+    candidate: str
+    bytes_per_token: int
+    run: Callable[[int], list[Tensor]]
+    exact: bool = True
+
+
+def command(args: argparse.Namespace) -> int:
+    """`fusewire bench moe`: check what was asked for, then measure on every rank."""
+    for fmt in args.formats:
+        if formats.get(fmt).layout != "linear":
+            raise InputError(f"{fmt} does not travel: its scales are swizzled; give a format with linear ones")
+    if unknown := [p for p in args.parts or () if p not in PARTS]:
+        raise InputError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    args.parts = args.parts or (PARTS if args.loopback else PARTS[:1])
+    if not args.loopback and (alone := [p for p in args.parts if p != PARTS[0]]):
+        raise InputError(f"{alone[0]} is measured on one GPU; add --loopback")
+    if args.tensor_parallel_size < 2:
+        raise InputError(f"{args.tensor_parallel_size} rank exchanges nothing; give -tp 2 or more")
+    if args.plot:
+        raise InputError("bench moe has no plot; leave --plot out")
+    return start(rank, args)
+
+
+def rank(context: Any, args: argparse.Namespace) -> None:
+    """All of it on one rank; rank 0 prints and writes. FusewireError, at the end, if anybody's numbers were wrong."""
+    group, console = meet(context, args)
+    device, lines, out, wrong = context.device, list[dict[str, Any]](), dict[str, None](), list[str]()
+
+    def keep(line: dict[str, Any]) -> None:
+        lines.append(line)
+        if args.out and context.rank == 0:
+            results.write([line], args.out)
+
     try:
-        for fmt in ("nvfp4", "fp8_block"):
-            make = formats.get(fmt).params_from_amax
-            params = [p.to(device) for p in make(torch.tensor(5.0))] if make else []
-            for n in tokens:
-                x = torch.randn(n, HIDDEN, device=device).bfloat16()
-                scores = triton.logits(x, weight)
-                args = (params, weight, bias, CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt)
-                record = moe.record_bytes(x, weight, CHOSEN, fmt)
-                moved = n * (2 * HIDDEN + 4 * EXPERTS + record)
-                us = timing.measure({"pack": partial(triton.pack, x, scores, *args),
-                                     "op": partial(triton.route_quantize_pack, x, *args),
-                                     "logits": partial(triton.logits, x, weight),
-                                     "copy": _copy(moved, device)}, group, device=device)
-                yield {"suite": "moe", "what": "pack", "format": fmt, "tokens": n, "us": {k: round(v, 2) for k, v in us.items()},
-                       "share": round(us["copy"] / us["pack"], 3), "bytes_per_token": record, **about(device)}
+        link = None if args.loopback else measured_link(group, device)
+        about = results.about(device) | ({"loopback": True} if args.loopback else {})
+        where = "loopback" if args.loopback else f"link {link / 1e9:.3g} GB/s" if link else "no link measured"
+        console.print(f"deepseek-r1, {group.world_size} ranks, {about['gpu']}, torch {about['torch']}, {where}")
+        if device.type == "cuda":
+            wrong += moe_kernels.check(device)
+        for part, measured in (("pack", moe_kernels.pack_lines), ("grouped_matmul", moe_kernels.grouped_lines)):
+            if part in args.parts and device.type != "cuda":
+                out[f"{part}: its kernels run on CUDA devices, not on {device.type}"] = None
+            elif part in args.parts:
+                context.phase(f"measuring {part}")
+                for line in measured(device, out):
+                    keep(line | about)
+        if "exchange" in args.parts:
+            open_workspace(group, max(args.tokens), args.formats, device)
+            for tokens in args.tokens:
+                context.phase(f"measuring the exchange of {tokens} tokens")
+                for line in exchange(group, device, tokens, args.formats, link, out, wrong):
+                    keep(line | about)
+        print_lines(console, lines)
+        for why in out:
+            console.print(f"not measured: {why}")
+        if wrong:
+            raise FusewireError(f"wrong numbers, which were not measured: {'; '.join(wrong)}")
     finally:
-        close(group)
+        groups.close(group)
 
 
-def _sizes(rows: int, skewed: bool) -> list[int]:
-    """Rows of each expert, `rows` on average; skewed: each has half of what its predecessor has."""
-    if not skewed:
-        return [rows] * LOCAL
-    total = rows * LOCAL
-    sizes = [total >> (i + 1) for i in range(LOCAL)]
-    return [sizes[0] + total - sum(sizes), *sizes[1:]]
+def open_workspace(group: Group, tokens: int, fmts: list[str], device: torch.device) -> None:
+    """As large as the neediest format wants it."""
+    if device.type == "cuda":
+        x, weight = (torch.empty(n, HIDDEN, dtype=torch.bfloat16, device="meta") for n in (tokens, EXPERTS))
+        pushed = max(transport.push_bytes(x, weight, CHOSEN, fmt, [], group.name) for fmt in fmts)
+        workspace.open(group.name, max(pushed, group.world_size * tokens * HIDDEN * 2), device)
 
 
-def _candidates(fmt: str, sizes: list[int], device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """The grouped matmul and what it is compared with: a loop over experts, and one matmul of as many operations."""
-    total = sum(sizes)
-    f = formats.get(fmt)
-    x = [p.to(device) for p in f.quantize(torch.randn(total, HIDDEN, device=device).bfloat16(), [])]
-    ws = [f.quantize_weight(torch.randn(MID, HIDDEN, device=device).bfloat16() / HIDDEN**0.5) for _ in range(LOCAL)]
-    w = [torch.stack(p) for p in zip(*ws, strict=True)]
-    ends = torch.tensor(sizes, device=device).cumsum(0)
-    spans = list(itertools.pairwise([0, *ends.tolist()]))
-    found: dict[str, Callable[[], Tensor]] = {"triton": lambda: triton.grouped_matmul(x, [], w, ends, fmt, torch.bfloat16)}
-    if fmt == "bf16":
-        found["loop"] = lambda: [torch.mm(x[0][a:b], v.t()) for (a, b), v in zip(spans, w[0], strict=True)][-1]
-        found["single"] = lambda: torch.mm(x[0], w[0][0].t())
-        if hasattr(torch.nn.functional, "grouped_mm"):
-            offsets, wide = ends.int(), w[0].transpose(1, 2)
-            found["grouped_mm"] = lambda: torch.nn.functional.grouped_mm(x[0], wide, offs=offsets)
-    elif fmt == "fp8_token":
-        def scaled(a: int, b: int, e: int) -> Tensor:
-            return torch._scaled_mm(x[0][a:b], w[0][e].t(), scale_a=x[1][a:b], scale_b=w[1][e].t(), out_dtype=torch.bfloat16)
-
-        found["loop"] = lambda: [scaled(a, b, e) for e, (a, b) in enumerate(spans) if a < b][-1]
-        found["single"] = lambda: scaled(0, total, 0)
-    return found
+def exchange(group: Group, device: torch.device, tokens: int, fmts: list[str], link: float | None, out: dict[str, None],
+             wrong: list[str]) -> Iterator[dict[str, Any]]:
+    """Lines of all ways that are right, `tokens` being those of each rank; others get a sentence in `out` or `wrong`."""
+    sets = inputs(group, tokens, device)
+    found: dict[tuple[str, str], list[Way]] = {}
+    for way in [*dispatches(group, sets, fmts, out), *combines(group, sets, out)]:
+        found.setdefault((way.what, way.fmt), []).append(way)
+    for (what, fmt), same in found.items():
+        expected, right = same[0].run(1), []
+        for way in same:
+            if why := why_wrong(way, expected, sets, group, device):
+                wrong.append(f"{way.candidate} of {what} in {fmt}, {tokens} tokens: {why}")
+            else:
+                right.append(way)
+        del expected
+        us = timing.measure({w.candidate: _turning(w, len(sets)) for w in right}, group, device=device)
+        for w in right:
+            wire = (group.world_size - 1) * tokens * w.bytes_per_token
+            yield {"suite": "moe", "what": what, "format": fmt, "world_size": group.world_size, "tokens": tokens,
+                   "candidate": w.candidate, "us": round(us[w.candidate], 2), "bytes_per_token": w.bytes_per_token,
+                   "wire_us": round(wire / link * 1e6, 2) if link else None}
 
 
-def grouped_lines(device: torch.device, rows: tuple[int, ...] = ROWS_AN_EXPERT) -> Iterator[dict]:
-    """The grouped matmul of one rank's experts (gate or up: 7168 to 2048), balanced and skewed."""
-    group = loopback_group(1)
-    try:
-        for fmt in ("bf16", "fp8_token", "fp8_block"):
-            for n in rows:
-                for skewed in (False, True):
-                    sizes = _sizes(n, skewed)
-                    us = timing.measure(_candidates(fmt, sizes, device), group, rounds=3, device=device)
-                    yield {"suite": "moe", "what": "grouped_matmul", "format": fmt, "rows_an_expert": n, "skewed": skewed,
-                           "us": {k: round(v, 2) for k, v in us.items()},
-                           "tflops": round(2e-6 * sum(sizes) * HIDDEN * MID / us["triton"], 1), **about(device)}
-    finally:
-        close(group)
+def inputs(group: Group, tokens: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(x, its logits, the router's weight and bias, shares) of this rank, version by version, more than a cache holds. What a rank
+    keeps of its shares is what it sends, so that loopback has one meaning."""
+    g = torch.Generator(device=device).manual_seed(7919 * group.rank())
+    of_all = torch.Generator(device=device).manual_seed(99)
+    weight = torch.randn(EXPERTS, HIDDEN, device=device, generator=of_all).bfloat16() / HIDDEN**0.5
+    bias = 0.1 * torch.randn(EXPERTS, device=device, generator=of_all)
+    versions = max(2, min(MOST_VERSIONS, ROTATED_BYTES // (2 * tokens * HIDDEN))) if device.type == "cuda" else 2
+    sets = []
+    for _ in range(versions):
+        x = torch.randn(tokens, HIDDEN, device=device, generator=g).bfloat16()
+        sets.append((x, x.float() @ weight.float().t(), weight, bias, x.repeat(group.world_size, 1)))
+    return sets
 
 
-def _check_rows(device: torch.device) -> str:
-    x, weight = (torch.randn(n, HIDDEN, device=device).bfloat16() for n in (77, EXPERTS))
-    return "" if torch.equal(triton.logits(x[5:9], weight), triton.logits(x, weight)[5:9]) else "a token's depend on the others"
+def records(x: Tensor, scores: Tensor, static: list[Tensor], weight: Tensor, bias: Tensor, fmt: str) -> Tensor:
+    """route_quantize_pack of tokens whose logits are known."""
+    if x.is_cuda:
+        return triton.pack(x, scores, static, weight, bias, CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt)
+    ids, weights = CHOICES[HOW](scores, bias, CHOSEN, GROUPS, TOP_GROUPS)
+    parts = [x] if fmt == "bf16" else formats.get(fmt).quantize(x, static)
+    return pack([*parts, weights * SCALE, ids.to(id_dtype(EXPERTS))])
 
 
-def _check_pack(device: torch.device, fmt: str) -> str:
-    f, g = formats.get(fmt), torch.Generator(device).manual_seed(0)
-    x, weight = (torch.randn(n, HIDDEN, device=device, generator=g).bfloat16() for n in (77, EXPERTS))
-    params = [p.to(device) for p in f.params_from_amax(torch.tensor(5.0))] if f.params_from_amax else []
-    args = (params, weight, 0.1 * torch.randn(EXPERTS, device=device, generator=g), CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt)
-    like = moe.record_like(x, weight, CHOSEN, fmt)
-    *parts, w, ids = moe.unpack(triton.route_quantize_pack(x, *args), like)
-    *want, want_w, want_ids = moe.unpack(route_quantize_pack.reference(x, *args), like)
-    if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(parts, want, strict=True)):
-        return "the parts are not the reference's"
-    same = (ids == want_ids).all(1)
-    if same.float().mean() < 0.95:
-        return f"{int(same.sum())} of {len(same)} tokens have the reference's experts"
-    off = float((w[same] - want_w[same]).abs().max())
-    return "" if off <= 1e-4 else f"weights are off by up to {off:.2e}"
+def dispatches(group: Group, sets: list[tuple], fmts: list[str], out: dict[str, None]) -> Iterator[Way]:
+    """Ours in every format, as the reference has it and over the workspace; and the library's gathers of bf16 and logits."""
+    x, _, weight, bias, _ = sets[0]
+    both = 2 * HIDDEN + 4 * EXPERTS
+    yield Way("dispatch", "unfused", "reference", both, lambda i: all_gather(list(sets[i][:2]), group.name))
+    if (gather := library_gather(group, out)) is not None:
+        yield Way("dispatch", "unfused", gather[0], both, lambda i: [gather[1](t) for t in sets[i][:2]])
+    for fmt in fmts:
+        static = params(fmt, x.device)
+        routing: tuple[Any, ...] = CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt
+        nbytes = moe.record_bytes(x, weight, CHOSEN, fmt)
+        like = moe.record_like(x, weight, CHOSEN, fmt)
+
+        def by_records(i: int, fmt=fmt, static=static, like=like) -> list[Tensor]:
+            x, scores, *_ = sets[i]
+            [got] = all_gather([records(x, scores, static, weight, bias, fmt)], group.name)
+            *parts, weights, ids = unpack(got, like)
+            return [*parts, ids, weights]
+
+        def by_push(i: int, fmt=fmt, static=static) -> list[Tensor]:
+            x, scores, *_ = sets[i]
+            return transport.push(x, scores, static, weight, bias, CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt, [], group.name)
+
+        def whole(i: int, run=None, static=static, routing=routing) -> list[Tensor]:
+            return run(sets[i][0], static, weight, bias, *routing, group.name)
+
+        yield Way("dispatch", fmt, "reference", nbytes, by_records)
+        able, refused = dispatch.candidates(x, static, weight, bias, *routing, group.name)
+        for b in able:
+            if b.name == "pushed":
+                yield Way("dispatch", fmt, b.name, nbytes, by_push)
+            yield Way("router + dispatch", fmt, b.name, nbytes, functools.partial(whole, run=b.run))
+        out.update({f"dispatch, {why}": None for why in refused})
 
 
-def _check_grouped(device: torch.device, fmt: str) -> str:
-    f, sizes, k, n = formats.get(fmt), [0, 5, 130, 0, 1, 64], 512, 384
-    y = torch.randn(sum(sizes) + 9, k, device=device).bfloat16()
-    params = [p.to(device) for p in f.params_from_amax(y.abs().amax().float())] if f.params_from_amax else []
-    ws = [f.quantize_weight(torch.randn(n, k, device=device).bfloat16()) for _ in sizes]
-    stacked = [torch.stack(p) for p in zip(*ws, strict=True)]
-    call = (f.quantize(y, params), params, stacked, torch.tensor(sizes, device=device).cumsum(0), fmt, torch.bfloat16)
-    got, ref = triton.grouped_matmul(*call).double(), moe.grouped_matmul.reference(*call).double()
-    if got[sum(sizes):].abs().max() > 0:
-        return "rows of no expert are not zero"
-    off = float((got - ref).norm() / ref.norm())
-    return "" if off <= 0.01 else f"{off:.2e} from the reference"
+def combines(group: Group, sets: list[tuple], out: dict[str, None]) -> Iterator[Way]:
+    """The experts' shares, added in rank order as the reference has it and over the workspace; and by the library."""
+    nbytes = 2 * HIDDEN
+    yield Way("combine", "bf16", "reference", nbytes, lambda i: [reduce_scatter(sets[i][4], group.name)])
+    if group.name in groups.workspaces:
+        yield Way("combine", "bf16", "pushed", nbytes, lambda i: [transport.combine(sets[i][4], [], group.name)])
+    if (name := library(group)) is not None:
+        pg = compat.process_group(group.name)
+
+        def scatter(i: int) -> list[Tensor]:
+            y = torch.empty_like(sets[i][0])
+            compat.reduce_scatter_into(y, sets[i][4], pg)
+            return [y]
+
+        yield Way("combine", "bf16", name, nbytes, scatter, exact=False)
 
 
-def check(device: torch.device) -> list[str]:
-    """What is wrong with the kernels' numbers, before any time is worth something."""
-    checks: dict[str, Callable[[], str]] = {"logits": lambda: _check_rows(device)}
-    checks |= {f"pack {name}": partial(_check_pack, device, name) for name, f in formats.FORMATS.items() if f.layout == "linear"}
-    checks |= {f"grouped_matmul {name}": partial(_check_grouped, device, name) for name in triton.TILE}
-    found = []
-    for name, run in checks.items():
-        try:
-            why = run()
-        except Exception as e:  # a kernel that does not compile, whatever Triton raises: the others are still worth a look
-            why = f"{type(e).__name__}: {e}"
-        if why:
-            found.append(f"{name}: {why}")
-    return found
+def library(group: Group) -> str | None:
+    """What a process group's own collectives are called; None for a group that was made here."""
+    if group.name in groups._made:
+        return None
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def exchange_lines(group: Group, device: torch.device, tokens: int) -> list[dict]:
-    """Dispatch by all-gather and the combine of `tokens` tokens of every rank, and the dispatch as it was: bf16 and logits. All
-    ranks call it; numbers are the slowest rank's."""
-    g = torch.Generator(device).manual_seed(group.rank())
-    x = torch.randn(tokens, HIDDEN, device=device, generator=g).bfloat16()
-    weight = torch.randn(EXPERTS, HIDDEN, device=device, generator=torch.Generator(device).manual_seed(99)).bfloat16()
-    shares, scores = x.repeat(group.world_size, 1), torch.zeros(tokens, EXPERTS, device=device)
-    calls = {"combine": (2 * HIDDEN, partial(reduce_scatter, shares, group.name)),
-             "gather bf16 and logits": (2 * HIDDEN + 4 * EXPERTS, partial(all_gather, [x, scores], group.name))}
-    for fmt in ("bf16", "fp8_block", "nvfp4"):
-        make = formats.get(fmt).params_from_amax
-        params = [p.to(device) for p in make(torch.tensor(5.0))] if make else []
-        calls[f"dispatch {fmt}"] = (moe.record_bytes(x, weight, CHOSEN, fmt), partial(
-            dispatch, x, params, weight, None, CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt, group.name))
-    us = timing.measure({name: call for name, (_, call) in calls.items()}, group, rounds=3, graph=False, device=device)
-    return [{"suite": "moe", "what": name, "tokens": tokens, "world_size": group.world_size, "us": round(us[name], 1),
-             "bytes_per_token": nbytes, **about(device)} for name, (nbytes, _) in calls.items()]
+def library_gather(group: Group, out: dict[str, None]) -> tuple[str, Callable[[Tensor], Tensor]] | None:
+    if (name := library(group)) is None:
+        out["the library: a loopback group has no collectives"] = None
+        return None
+    pg = compat.process_group(group.name)
+
+    def gather(x: Tensor) -> Tensor:
+        y = x.new_empty((group.world_size * x.shape[0], *x.shape[1:]))
+        compat.all_gather_into(y.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8), pg)
+        return y
+
+    return name, gather
 
 
-def main() -> int:
-    device = torch.device("cuda")
-    wrong = check(device)
-    print("\n".join(wrong) or "numbers: as the references'", flush=True)
-    rows = []
-    for lines in (pack_lines(device), grouped_lines(device)):
-        try:
-            for line in lines:
-                print(json.dumps(line), flush=True)
-                rows.append(_row(line))
-        except Exception as e:  # as above
-            rows.append(f"{type(e).__name__}: {e}")
-    print("\n".join(rows))
-    return 1 if wrong else 0
+def why_wrong(way: Way, expected: list[Tensor], sets: list[tuple], group: Group, device: torch.device) -> str | None:
+    """The same on every rank."""
+    way.run(0)
+    got = way.run(1)
+    if way.exact:
+        same = [a.shape == b.shape and torch.equal(_bytes(a), _bytes(b)) for a, b in zip(got, expected, strict=True)]
+        bad = timing.slowest([float(not s) for s in same], group, device)
+        return None if not any(bad) else f"outputs {[i for i, b in enumerate(bad) if b]} differ from the first way's"
+    truth = reduce_scatter(sets[1][4].double(), group.name)
+    errors = timing.slowest([float((y.double() - truth).abs().max()) for y in (got[0], expected[0])], group, device)
+    return None if errors[0] <= MORE_ERROR * errors[1] else f"its largest error is {errors[0]:.3g}, the reference's {errors[1]:.3g}"
 
 
-def _row(line: dict) -> str:
-    first = f"{line['what']:15}{line['format']:10}{line.get('tokens', line.get('rows_an_expert')):6}"
-    times = "  ".join(f"{k} {v}" for k, v in line["us"].items())
-    last = f"share {line['share']}" if "share" in line else f"{line['tflops']} TFLOP/s"
-    return f"{first}{' skewed' if line.get('skewed') else '':8}{times}  {last}"
+def _bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).contiguous().view(torch.uint8)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _turning(way: Way, versions: int) -> Callable[[], object]:
+    calls = count()
+    return lambda: way.run(next(calls) % versions)
+
+
+def print_lines(console: Console, lines: list[dict[str, Any]]) -> None:
+    """Microseconds: the kernels', then every way's beside what the wire alone takes, then dispatch and combine together."""
+    moe_kernels.print_lines(console, [line for line in lines if line["what"] in PARTS])
+    lines = [line for line in lines if line["what"] not in PARTS]
+    cells: dict[tuple[str, str], dict[int, dict[str, dict]]] = {}
+    for line in lines:
+        cells.setdefault((line["what"], line["format"]), {}).setdefault(line["tokens"], {})[line["candidate"]] = line
+    for (what, fmt), by_tokens in cells.items():
+        names = list(dict.fromkeys(n for row in by_tokens.values() for n in row))
+        first = next(iter(next(iter(by_tokens.values())).values()))
+        unfused = cells.get(("dispatch", "unfused"), {}) if what == "dispatch" else by_tokens
+        rows = []
+        for tokens, row in by_tokens.items():
+            wire = next(iter(row.values()))["wire_us"]
+            best = min(line["us"] for line in row.values())
+            by_library = next((line["us"] for n, line in unfused.get(tokens, {}).items() if n in ("nccl", "gloo")), None)
+            rows.append([str(tokens), f"{wire:.1f}" if wire else "-", *(f"{row[n]['us']:.1f}" if n in row else "-" for n in names),
+                         f"{best / wire:.2f}" if wire else "-", f"{by_library / best:.2f}x" if by_library else "-"])
+        results.table(console, f"{what}, {fmt}: us, {first['bytes_per_token']} bytes a token", [
+            "tokens of a rank", "wire", *names, "best / wire", "library / best"], rows, left=0)
+    pairs = [(fmt, tokens) for what, fmt in cells if what == "dispatch" for tokens in cells[what, fmt]]
+    best = {k: {t: min(line["us"] for line in row.values()) for t, row in rows.items()} for k, rows in cells.items()}
+    if pairs and ("combine", "bf16") in best:
+        results.table(console, "dispatch + combine, the best ways: us", ["", "tokens of a rank", "us"], [
+            [fmt, str(t), f"{best['dispatch', fmt][t] + best['combine', 'bf16'][t]:.1f}"] for fmt, t in pairs])

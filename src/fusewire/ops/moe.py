@@ -330,7 +330,7 @@ def experts(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor,
 # --- fused
 
 
-@op
+@op(rows=("x",))
 def dispatch(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
              scale: float, how: str, fmt: str, group: str) -> list[Tensor]:
     """`route_quantize_pack` (see there), then an all_gather of the records -> [*parts, ids, weights] of every rank's tokens."""
