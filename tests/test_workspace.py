@@ -53,12 +53,13 @@ def test_on_a_cpu_the_reference_runs():
 
 def test_a_report_is_a_sentence():
     none = torch.empty(0)
-    space = workspace.Workspace("tp", 1, 4, 256, 64, False, torch.device("cpu"), 3.0, none, none, (), none, none, None, None,
+    space = workspace.Workspace("tp", 1, 4, 256, 64, 256, False, torch.device("cpu"), 3.0, none, none, (), none, none, None, None,
                                 [], [], none, None, False)
     op = workspace.op_number("all_reduce_norm_quant")
     assert workspace.op_number("all_reduce_norm_quant") == op > 0
     said = workspace.sentence(space, [op, 17, 5, 15, 2, 0, 0, 0])
     assert said.startswith("rank 1 of group 'tp' waited 3 s in all_reduce_norm_quant, epoch 17, row 5, for rank 2, whose flag held")
+    assert "for rank 2, of whose row words are missing;" in workspace.sentence(space, [op, 17, 5, -1, 2, 0, 0, 0])
     with pytest.raises(FusewireError, match=r"it needs 512 bytes .* which has 256"):
         space.need("an op", 512, 1)
 
@@ -70,14 +71,14 @@ def test_a_row_is_added_up_in_one_way_however_it_is_launched():
         warps, resident = ar._many(hidden)
         assert 65536 // (32 * warps * resident) >= 64  # registers
         for fmt in ("bf16", "fp8_tensor", "fp8_token", "nvfp4:128x4", "mxfp8"):
-            shapes = [ar._few(rows, hidden, 132, fmt) for rows in range(1, 134)]
+            shapes = [ar._few(rows, hidden, 132, fmt) for rows in range(1, 266)]
             assert shapes[-1] is None and all(shapes[:-1])
-            for rows, (pieces, few_warps) in enumerate(shapes[:-1], 1):
-                assert few_warps == warps
-                assert rows * pieces <= 132 and pieces <= max(1, hidden // 1024 * 2)
+            for rows, (pieces, few_warps, resident) in enumerate(shapes[:-1], 1):
+                assert few_warps == warps and 65536 // (32 * warps * resident) >= 64
+                assert rows * pieces <= resident * 132 and pieces <= max(1, hidden // 1024 * 2)
     assert [ar._few(rows, 8192, 132, "fp8_tensor")[0] for rows in (1, 8, 32, 128)] == [4, 2, 2, 1]
     assert [ar._few(rows, 8192, 132, "nvfp4:128x4")[0] for rows in (1, 8, 32, 128)] == [4, 4, 4, 1]
-    assert ar._few(32, 8192, 100, "nvfp4") == (2, 8)
+    assert ar._few(32, 8192, 100, "nvfp4") == (2, 8, 1)
 
 
 def test_rows_that_share_a_fence_take_no_program_longer():

@@ -221,20 +221,21 @@ def test_numbers(world, fmt):
     print(f"\n{world} ranks, {fmt}: {results[0][0]} cases, {results[0][1]} exchanges")
 
 
-def unguarded(rank: int, tokens: int, shots: int, wait: bool) -> bool:
+def unguarded(rank: int, tokens: int, shots: int, wait: bool, clear: bool = True) -> bool:
     """Does rank 0, whose peer comes late, get the right sum?"""
     from fusewire.backends.triton.all_reduce_norm_quant import exchange
 
     name = connect()
     xs = [rows(tokens, 576, r) for r in range(2)]
     weight = torch.ones(576, device="cuda")
-    exchange(xs[rank] * 3, None, weight, 1e-6, 0.0, False, [], "bf16", True, name, shots)  # both are compiled and have met
+    for _ in range(3):  # it is compiled, both have met, and each half and each third has been used
+        exchange(xs[rank] * 3, None, weight, 1e-6, 0.0, False, [], "bf16", True, name, shots, clear=clear)
     torch.cuda.synchronize()
     if rank == 1:
         dist.barrier()
-    out = exchange(xs[rank], None, weight, 1e-6, 0.0, False, [], "bf16", True, name, shots, wait)
+    out = exchange(xs[rank], None, weight, 1e-6, 0.0, False, [], "bf16", True, name, shots, wait, clear)
     if rank == 0:
-        if not wait:
+        if not (wait and clear):
             torch.cuda.synchronize()
         dist.barrier()
     torch.cuda.synchronize()
@@ -249,6 +250,31 @@ def test_the_wait_is_needed():
         assert ranks.run_ranks(unguarded, 2, tokens, shots, False)[0] is False
 
 
+def test_words_must_be_cleared():
+    """Else a rank whose peer is late takes the words of three exchanges ago for this one's."""
+    assert ranks.run_ranks(unguarded, 2, 5, 1, True, False)[0] is False
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("world", (2, 4))
+def test_every_16_bits_travel(world, dtype):
+    """In words, of which one says that nothing has come: each value alone, twice in a word, and beside others."""
+    g = group.loopback_group(world)
+    every = torch.arange(65536, device="cuda").to(torch.int32).to(torch.int16).view(dtype)
+    x = torch.cat([every, every.repeat_interleave(2), every[torch.randperm(65536, device="cuda")]]).view(-1, 8192)
+    workspace.open(g.name, world * x.numel() * 2)
+    nan, rest = torch.tensor(0x7FFF, dtype=torch.int16, device="cuda"), (1e-6, 0.0, False, [], "bf16", True, g.name)
+    for some in (x, x[:3], x[-1:]):  # in one piece and in several
+        want = some.float()
+        for _ in range(world - 1):
+            want = want + some.float()
+        want = torch.where(want.isnan(), nan, want.to(dtype).view(torch.int16))
+        for turn in range(4):
+            total = all_reduce_norm_quant(some, None, torch.ones(8192, device="cuda"), *rest)[0]
+            assert torch.equal(total.view(torch.int16), want), f"{len(some)} rows, exchange {turn}"
+    group.close(g)
+
+
 def alone(rank: int, tokens: int) -> None:
     name = connect(1 << 20, limit_s=3.0)
     if rank == 0:
@@ -257,12 +283,13 @@ def alone(rank: int, tokens: int) -> None:
     time.sleep(30)  # it is ended before
 
 
-@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("tokens", [3, 300])  # for words, for flags
 def test_a_wait_ends_and_says_for_whom(capfd, tokens):
     with pytest.raises(RuntimeError, match=f"rank 0: died by exit code {workspace.EXIT_CODE}"):
         ranks.run_ranks(alone, 2, tokens, timeout_s=60)
     said = capfd.readouterr().err
     assert "rank 0 of group" in said and "waited 3 s in all_reduce_norm_quant, epoch 1, row " in said and "for rank 1" in said
+    assert ("of whose row words are missing" if tokens == 3 else "whose flag held 0") in said
 
 
 def test_a_kernel_first_met_in_a_capture_is_refused():
@@ -311,11 +338,12 @@ def test_two_groups_and_sizes_in_one_process():
 def test_ten_thousand_exchanges():
     """Eager and replayed by turns, sizes and formats by turns, odd values in the data: always the same bits."""
     g = group.loopback_group(2)
-    workspace.open(g.name, 2 * 700 * 1024 * 2)
+    workspace.open(g.name, 2 * 700 * 2048 * 2)
     runs, bad = [], torch.zeros((), dtype=torch.int64, device="cuda")
     for i, tokens in enumerate((1, 5, 128, 300, 9, 700)):
-        x, residual = rows(tokens, 1024, i, special=True), rows(tokens, 1024, i, "residual")
-        args = (x, residual if i % 2 else None, torch.ones(1024, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]),
+        hidden = (1024, 576, 2048)[i % 3]
+        x, residual = rows(tokens, hidden, i, special=True), rows(tokens, hidden, i, "residual")
+        args = (x, residual if i % 2 else None, torch.ones(hidden, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]),
                 FORMATS[i], True, g.name)
         want = [t.view(torch.uint8).clone() for t in all_reduce_norm_quant(*args)]
         torch.cuda.synchronize()

@@ -101,10 +101,10 @@ def test_what_is_pushed_without_a_gather(fmt):
         space = workspace.open(g.name, world * tokens * hidden * 2 + 4096)
         flags_at, _, _, data_at, _ = workspace.regions(space.nbytes, space.flag_count)
         blocks, memory = -(-tokens // 128), space.memory
-        assert [flags_at, data_at] == [a[0] - memory.data_ptr() for a in reversed(space.from_here)]
+        assert [flags_at, data_at] == [a[0] - memory.data_ptr() for a in space.from_here[1::-1]]
         args = arguments(0, tokens, hidden, VARIANTS[0], True)
         for gather in (False, True, False, False):
-            memory[data_at:].fill_(0xA5)
+            memory[data_at:data_at + 2 * space.nbytes].fill_(0xA5)
             before = space.epoch()
             p = pushed(*args, VARIANTS[0], params_of(fmt), fmt, g.name, gather)
             epoch = int(p.ticket)

@@ -23,6 +23,18 @@ is a *transfer* (see `transfer.py`), in a region of its own, whose half is chose
     to a half of a peer before that peer has entered a later epoch than that of the last transfer in this half. As a rule the
     halves take turns, and then this is known from the transfer in between.
 
+A flag costs a fence: its release waits until the peer has all that was stored before. Rows of small exchanges come in *words*
+instead, in a region of their own, which nothing else uses:
+
+*   A word is 32 bits of data that say themselves that they have come: as long as it holds 0xFFFFFFFF, nothing has. No such word is
+    ever sent; what data could be that is sent as another NaN. To receive: load the words, relaxed at system scope, until none of
+    them holds it. Each word is looked at, so nothing is asked of the order in which they arrive.
+*   The region has three thirds, which take turns: an exchange pushes to and reads from one, and makes the one before it hold
+    0xFFFFFFFF again, as far as it was used; `state` says which, and how far, so that a CUDA graph replays with new ones.
+*   That third is not written by a peer before it has been cleared: a peer uses it in the next exchange but one, which it begins
+    when it has finished the next one, for which this rank has pushed to it; and this rank pushed after the exchange that cleared
+    had ended (kernels of one stream). Nor is it cleared too early: the exchange that read it has ended on this rank.
+
 Flags, epochs and everything else that is waited for are compared as integers.
 """
 from __future__ import annotations
@@ -43,6 +55,7 @@ from .. import group as groups
 from ..errors import FusewireError, InputError, MismatchError
 
 BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
+WORD_BYTES_OF_A_RANK = 4 << 20  # of a third, at most: 256 rows of 8192 in 16 bits
 REPORT_WORDS = 8
 EXIT_CODE = 70  # of a process that a bounded wait ended
 _ALIGN = 256
@@ -60,18 +73,21 @@ class Workspace:
     rank, world_size
     nbytes      of data in each half of each region, for exchanges and for transfers
     flag_count  int32 flags in each half of each region
+    word_bytes  of each third of the words
     loopback    one process plays all ranks: every address below is this rank's own, and a kernel that pushes to peer p writes
                 where p's own push would have arrived
     data        int64 (world_size,) on the device: address of each rank's data, half 0 then half 1 after `nbytes`
     flags       int64 (world_size,) on the device: address of each rank's flags, likewise (4 * flag_count bytes a half)
-    from_here   the same two as numbers, each in the order rank, rank + 1, ..., for kernels that take them as arguments
-    memories    each rank's memory, uint8: flags of exchanges and of transfers, `entered`, data of exchanges and of transfers
+    from_here   the same two as numbers, and the words, each in the order rank, rank + 1, ..., for kernels that take them as
+                arguments
+    memories    each rank's memory, uint8: flags of exchanges and of transfers, `entered`, data of exchanges and of transfers, words
     bases       its address
     last        int32 (2, 2) on the device, for each half of the transfers: its last epoch (0: none), and that for copy engines
     side        the stream on which copy engines work
     turn        the half that the next transfer takes
-    state       int64 (1,) on the device: epoch << 32 | how many programs of the running kernel have read it. One atomic add
-                tells a program both, and the last of them to come knows that it may set the next epoch.
+    state       int64 (2,) on the device. epoch << 32 | how many programs of the running kernel have read it: one atomic add
+                tells a program both, and the last of them to come knows that it may set the next epoch. And third << 32 | n: the
+                third of the words whose turn it is, and how many 16 bytes of each rank's place in it the exchange before used.
     report      int64 (REPORT_WORDS,) in pinned host memory: [op number, epoch, row, flag seen, peer], see `sentence`
     limit_s     how long a kernel may wait
     """
@@ -81,6 +97,7 @@ class Workspace:
     world_size: int
     nbytes: int
     flag_count: int
+    word_bytes: int
     loopback: bool
     device: torch.device
     limit_s: float
@@ -113,7 +130,7 @@ class Workspace:
 
     def epoch(self) -> int:
         """The epoch of the next exchange; waits for the device."""
-        return int(self.state.item()) >> 32
+        return int(self.state[0].item()) >> 32
 
 
 def open(group: str, nbytes: int, device: torch.device | str | None = None, limit_s: float | None = None) -> Workspace:
@@ -152,7 +169,9 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     nbytes = -(-nbytes // _ALIGN) * _ALIGN
     flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
     flags_end = regions(nbytes, flag_count)[-2]
-    total = flags_end + 4 * nbytes
+    words_at = flags_end + 4 * nbytes
+    word_bytes = min(nbytes, g.world_size * WORD_BYTES_OF_A_RANK)
+    total = words_at + 3 * word_bytes
     processors = torch.cuda.get_device_properties(dev).multi_processor_count  # kernels have as many programs on every rank
     consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s, "multiprocessors": processors})
     with torch.cuda.device(dev):
@@ -164,19 +183,20 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
             memories = compat.symmetric_memory(total, group, dev)
         memory, bases = memories[g.rank()], [m.data_ptr() for m in memories]
         memory[:flags_end].zero_()
+        memory[words_at:].fill_(0xFF)
         rank = g.rank()
-        addresses = tuple(tuple(b + start for b in bases) for start in (flags_end, 0))
-        data, flags = torch.tensor(addresses, dtype=torch.int64).to(dev)
+        addresses = tuple(tuple(b + start for b in bases) for start in (flags_end, 0, words_at))
+        data, flags = torch.tensor(addresses[:2], dtype=torch.int64).to(dev)
         workspace = Workspace(
-            group, rank, g.world_size, nbytes, flag_count, loopback, dev, limit_s,
+            group, rank, g.world_size, nbytes, flag_count, word_bytes, loopback, dev, limit_s,
             data, flags, tuple(a[rank:] + a[:rank] for a in addresses),
-            state=torch.full((1,), 1 << 32, dtype=torch.int64, device=dev),  # flags start at 0, epochs at 1
+            state=torch.tensor([1 << 32, 0], device=dev),  # flags start at 0, epochs at 1
             report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), memory=memory, process_group=pg,
             memories=memories, bases=bases, last=torch.zeros(2, 2, dtype=torch.int32, device=dev), side=torch.cuda.Stream(dev),
             shared_device=not loopback and pg is not None and devices_shared(pg, dev),
         )
         torch.cuda.synchronize(dev)
-    consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags are not zero yet
+    consensus.agree(g, "workspace is zeroed", {})  # nobody pushes to a rank whose flags and words are not set yet
     _open[group] = workspace
     groups.workspaces[group] = nbytes
     groups.on_close(group, lambda: close(group))
@@ -260,8 +280,9 @@ def op_number(name: str) -> int:
 def sentence(workspace: Workspace, report: Sequence[int]) -> str:
     """What a report of a wait that lasted too long says."""
     op, epoch, row, seen, peer = report[:5]
+    what = "of whose row words are missing" if seen == -1 else f"whose flag held {seen}"
     return (f"rank {workspace.rank} of group {workspace.group!r} waited {workspace.limit_s:g} s in {_ops[op - 1]}, epoch {epoch}, "
-            f"row {row}, for rank {peer}, whose flag held {seen}; that rank ended, is in another op, or replayed fewer graphs")
+            f"row {row}, for rank {peer}, {what}; that rank ended, is in another op, or replayed fewer graphs")
 
 
 def _watch(workspace: Workspace) -> None:

@@ -57,19 +57,26 @@ def _warps(hidden: int) -> int:
     return max(1, min(8, block // 512), block // 1024)
 
 
-def _few(rows: int, hidden: int, processors: int, fmt: str) -> tuple[int, int] | None:
-    """(programs for a row, warps of each) where every program has at most one row; None for more rows."""
+def _few(rows: int, hidden: int, processors: int, fmt: str) -> tuple[int, int, int] | None:
+    """(programs for a row, warps of each, programs on a multiprocessor at once) where every program has at most one row; None for
+    more rows."""
     warps, block = _warps(hidden), block_of(hidden)
     wanted = next((n for most, n in _PIECES.get(fmt.partition(":")[0], _PIECES_OF_OTHERS) if rows <= most), 1)
     possible = (p for p in (4, 2, 1) if p <= wanted and rows * p <= processors and block // p >= max(1024, 256 * warps))
     pieces = next(possible, 1)  # 8 elements for a thread: 16 bytes
-    return (pieces, warps) if rows * pieces <= processors else None
+    resident = next((r for r in (1, 2) if rows * pieces <= r * processors), None)
+    return None if resident is None else (pieces, warps, resident)
 
 
 def _many(hidden: int) -> tuple[int, int]:
     """(warps of a program, programs on a multiprocessor at once) where programs have several rows. (8, 2) is the fastest of seven
     at 8192 from 512 rows on in one shot, and within 3 % of it in two: FP8 and NVFP4, on an H200 in loopback."""
     return _warps(hidden), max(2, 16 // _warps(hidden))
+
+
+def _way(rows: int) -> tuple[int, bool, int]:
+    """(rows that a program pushes ahead, in words, programs that only push)."""
+    return 1, False, 0
 
 
 # 5 us: a row on two H200. A rank sends its rows to each peer, world_size / 2 times the bytes of a ring.
@@ -89,8 +96,9 @@ def two_shot(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
 
 
 def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
-             params: list[Tensor], fmt: str, keep_norm: bool, group: str, shots: int = 1, wait: bool = True) -> list[Tensor]:
-    """The op; `wait=False` leaves out the waits for the peers, to show that tests notice."""
+             params: list[Tensor], fmt: str, keep_norm: bool, group: str, shots: int = 1, wait: bool = True,
+             clear: bool = True) -> list[Tensor]:
+    """The op; `wait=False` leaves out the waits for the peers, `clear=False` that words are cleared: to show that tests notice."""
     from . import kernels
 
     space = workspace.of(group)
@@ -103,6 +111,8 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         return out
     args = (x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group)
     constants = row_constants(x, residual, offset, cast_first, keep_norm, fmt, space) | {"WAIT": wait}
+    numbers: tuple = (rows, eps, offset)
+    words = False
     if shots == 2:
         per = -(-rows // space.world_size)
         space.need(NAME, two_shot_bytes(*args), 2 * space.world_size * per)
@@ -110,15 +120,19 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         programs = min(per, resident * processors(x))
         constants |= dict(zip(("DATA_AT", "SCALES_AT", "ROW_BYTES"), _result(x, fmt, keep_norm), strict=True))
     else:
-        pieces = 1
-        if (few := _few(rows, hidden, processors(x), fmt)) is not None:
-            kernel, resident, (pieces, warps) = kernels.one_shot_few, 1, few
+        space.need(NAME, one_shot_bytes(*args), space.world_size * rows)
+        in_words = space.world_size * rows * _slot(x) <= space.word_bytes
+        if in_words and (few := _few(rows, hidden, processors(x), fmt)) is not None:
+            kernel, words, (pieces, warps, resident) = kernels.one_shot_few, True, few
             programs = rows * pieces
+            constants |= {"PARTS": pieces, "CLEAR": clear}
         else:
             kernel, (warps, resident) = kernels.one_shot, _many(hidden)
-            programs = min(rows, resident * processors(x))
-        constants |= {"PARTS": pieces}
-        space.need(NAME, one_shot_bytes(*args), space.world_size * rows * pieces)
+            ahead, words, pushers = _way(rows)
+            words = words and in_words
+            programs = min(rows + pushers, resident * processors(x))
+            constants |= {"AHEAD": ahead, "WORDS": words}
+            numbers = (*numbers, pushers)
     tensors = [x, residual, weight, params[0] if params else None, total, norm, *[*parts, total, total][:2]]
-    launch(kernel, NAME, programs, warps, resident, space, tensors, (rows, eps, offset), constants)
+    launch(kernel, NAME, programs, warps, resident, space, tensors, numbers, constants, words)
     return out

@@ -103,6 +103,25 @@ def _leave_epoch(state, counted):
         "=r,l,l,l", [state, counted, programs], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def _words(state):
+    """(the third of the words that is this launch's turn, 16-byte pieces of a rank's place that the launch before it used)."""
+    words = tl.load(state + 1, volatile=True)
+    return words >> 32, words.to(tl.int32)
+
+
+@triton.jit
+def _leave_words(state, counted, words):
+    """What `_words` gives the next such launch; by whoever was counted last, before `_leave_epoch`."""
+    programs = tl.num_programs(0).to(tl.int64)
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 t, n;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        cvt.u32.u64 t, $2; add.u32 t, t, 1; cvt.u32.u64 n, $3; setp.eq.and.u32 q, t, n, p;
+        @q st.relaxed.gpu.global.b64 [$1], $4; mov.b32 $0, 0; }""",
+        "=r,l,l,l,l", [state + 1, counted, programs, words], dtype=tl.int32, is_pure=False, pack=1)
+
+
 # ---- 16-bit floats, two in a register: one by one, rounding is among the slowest instructions ----
 
 
@@ -134,6 +153,14 @@ def _plus(a, b):
         return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float16, is_pure=True, pack=2)
 
 
+@triton.jit
+def _scrubbed(x):
+    """16-bit floats without the NaN that means that nothing has come, 0xFFFF: it becomes another NaN, and a sum with any is the
+    same one."""
+    return tl.inline_asm_elementwise("{ .reg .b32 most; mov.b32 most, 0xFFFEFFFE; min.u16x2 $0, $1, most; }", "=r,r", [x],
+                                     dtype=x.dtype, is_pure=True, pack=2)
+
+
 # ---- quantization: the formulas of formats/, bit for bit ----
 
 
@@ -156,6 +183,13 @@ def _larger(a, b):
 def _amax(x, AXIS: tl.constexpr):
     """The largest magnitude; NaN wins, as in torch's amax."""
     return tl.reduce(tl.abs(x), AXIS, _larger)
+
+
+@triton.jit
+def _row_amax(y):
+    """`_amax` of all of y (n,): threads meet as integers, of which a warp finds the largest in one instruction."""
+    of_8 = _amax(tl.reshape(y, (y.shape[0] // 8, 8)), 1)
+    return _float(tl.max(_bits(of_8), 0))
 
 
 @triton.jit
@@ -365,46 +399,110 @@ def _at(address, like):
     return tl.multiple_of(address.to(like.dtype), 16)
 
 
+@triton.jit
+def _ints(address):
+    """An int64 address, a multiple of 16, as a pointer to int32."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+
+
 # ---- all_reduce_norm_quant ----
 
 
 # data, flags: int64 addresses of half 0 on each rank, in the order rank, rank + 1, ..., as arguments of the kernel: a table in
 # device memory would cost a load before the first store. In a half, a row of a source rank has slot `source * rows + row`, SLOT
-# elements long, and PARTS flags; in loopback a push to a peer lands where the peer's own would.
+# elements long, and a flag; in loopback a push to a peer lands where the peer's own would. With WORDS, data are addresses of the
+# words, `half` is a third of them and `nbytes` its length, and there are no flags.
 
 
 @triton.jit
-def _push(like, mine, row, part, at, inside, parity, epoch, data, flags, nbytes, flag_count, rank, rows,
-          WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr, PARTS: tl.constexpr):
-    """Store a row, or a part of one, to every peer, then set its flag there."""
+def _store_row(like, mine, row, at, inside, half, data, nbytes, rank, rows, WORLD: tl.constexpr, LOOPBACK: tl.constexpr,
+               SLOT: tl.constexpr):
+    """Store a row, or a part of one, to every peer."""
     for i in tl.static_range(1, WORLD):
         slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
-        tl.store(_at(data[i] + parity * nbytes + slot * (SLOT * 2), like) + at, mine, mask=inside)
+        tl.store(_at(data[i] + half * nbytes + slot * (SLOT * 2), like) + at, mine, mask=inside)
+
+
+@triton.jit
+def _push(like, mine, row, at, inside, half, epoch, data, flags, nbytes, flag_count, rank, rows,
+          WORLD: tl.constexpr, LOOPBACK: tl.constexpr, SLOT: tl.constexpr):
+    """Store a row to every peer, then set its flag there."""
+    _store_row(like, mine, row, at, inside, half, data, nbytes, rank, rows, WORLD, LOOPBACK, SLOT)
     tl.debug_barrier()  # the stores of all threads come before the release of one
     for i in tl.static_range(1, WORLD):
         slot = ((rank + i) % WORLD if LOOPBACK else rank) * rows + row
-        _set(flags[i] + parity * flag_count * 4 + (slot * PARTS + part) * 4, epoch)
+        _set(flags[i] + half * flag_count * 4 + slot * 4, epoch)
 
 
 @triton.jit
-def _arrived(row, parity, epoch, flags, report, flag_count, rank, op, limit_ns, rows, WORLD: tl.constexpr, PARTS: tl.constexpr):
+def _arrived(row, half, epoch, flags, report, flag_count, rank, op, limit_ns, rows, WORLD: tl.constexpr):
     """Wait until the row of every peer has come."""
     for i in tl.static_range(1, WORLD):
         peer = (rank + i) % WORLD
-        _wait(flags[0] + parity * flag_count * 4 + (peer * rows + row) * (PARTS * 4), epoch, row, peer, report, op, limit_ns, PARTS)
+        _wait(flags[0] + half * flag_count * 4 + (peer * rows + row) * 4, epoch, row, peer, report, op, limit_ns, 1)
 
 
 @triton.jit
-def _sum(own, mine, row, at, inside, parity, data, nbytes, rank, rows, WORLD: tl.constexpr, SLOT: tl.constexpr):
+def _push_words(like, mine, row, at, half, data, nbytes, rank, rows, SIZE: tl.constexpr, WORLD: tl.constexpr,
+                LOOPBACK: tl.constexpr, SLOT: tl.constexpr):
+    """Store a row, or a part of one, to every peer, with what fills it up to SLOT. `at` counts to SIZE at most."""
+    _store_row(like, _scrubbed(mine), row, at, _below(at, SLOT, SIZE), half, data, nbytes, rank, rows, WORLD, LOOPBACK, SLOT)
+
+
+@triton.jit
+def _absent(row, half, data, nbytes, rank, rows, sign, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr,
+            WORLD: tl.constexpr, SLOT: tl.constexpr):
+    """0 once every word of the row has come from the peers FIRST to END - 1 behind this rank; the same in all threads. Else the
+    largest `sign` of the threads that miss one."""
+    at = tl.arange(0, BLOCK // 2)
+    absent = tl.zeros(at.shape, tl.int1)
+    for i in tl.static_range(FIRST, END):
+        of = data[0] + half * nbytes + ((rank + i) % WORLD * rows + row) * (SLOT * 2)
+        word = tl.load(_ints(of) + at, mask=_below(at, SLOT // 2, BLOCK // 2), other=0, volatile=True)
+        absent = absent | (word == -1)
+    return tl.max(tl.where(absent, sign, 0), 0)
+
+
+@triton.jit
+def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, rows, BLOCK: tl.constexpr, WORLD: tl.constexpr,
+                   SLOT: tl.constexpr):
+    """Wait until the row of every peer has come. All threads leave together, and what any of them saw, all may read."""
+    absent, looks = 1, 0
+    while (absent != 0) & (looks < _LOOKS):
+        absent = _absent(row, half, data, nbytes, rank, rows, 1, 1, WORLD, BLOCK, WORLD, SLOT)
+        looks += 1
+    if absent != 0:
+        start = globaltimer()
+        while absent == 1:  # clocks differ among threads: 2 once it is too late for one that misses a word
+            late = tl.where(globaltimer() - start > limit_ns, 2, 1)
+            absent = _absent(row, half, data, nbytes, rank, rows, late, 1, WORLD, BLOCK, WORLD, SLOT)
+        if absent == 2:
+            for i in tl.static_range(1, WORLD):
+                if _absent(row, half, data, nbytes, rank, rows, 1, i, i + 1, BLOCK, WORLD, SLOT) != 0:
+                    _end_late(data[0], epoch, row, (rank + i) % WORLD, -1, report, op, limit_ns)
+
+
+@triton.jit
+def _clear_words(half, used, data, nbytes, rank, N: tl.constexpr, WORLD: tl.constexpr):
+    """Make every word of the third `half` say that nothing has come: `used` pieces of 16 bytes of each peer's place."""
+    at = tl.arange(0, N)
+    for i in tl.static_range(1, WORLD):
+        of = _ints(data[0] + half * nbytes + (rank + i) % WORLD * (used * 16))
+        for first in range(tl.program_id(0) * N, used * 4, tl.num_programs(0) * N):
+            tl.store(of + first + at, tl.full((N,), -1, tl.int32), mask=first + at < used * 4)
+
+
+@triton.jit
+def _sum(own, mine, row, at, inside, half, data, nbytes, rank, rows, WORLD: tl.constexpr, SLOT: tl.constexpr):
     """The sum of the ranks' rows, or of elements of them: float32, in rank order, rounded once. own: this rank's row;
     mine: its elements, for two ranks alone (more read them again: to choose an address takes one instruction, not one each)."""
     if WORLD == 2:  # either order gives the same bits
-        theirs = _at(data[0] + parity * nbytes + ((1 - rank) * rows + row) * (SLOT * 2), own)
+        theirs = _at(data[0] + half * nbytes + ((1 - rank) * rows + row) * (SLOT * 2), own)
         return _plus(mine, tl.load(theirs + at, mask=inside, other=0.0, cache_modifier=".cg"))
     else:
         acc = tl.zeros(at.shape, tl.float32)
         for p in tl.static_range(WORLD):
-            of = tl.where(rank == p, own, _at(data[0] + parity * nbytes + (p * rows + row) * (SLOT * 2), own))
+            of = tl.where(rank == p, own, _at(data[0] + half * nbytes + (p * rows + row) * (SLOT * 2), own))
             part = _wide(tl.load(of + at, mask=inside, other=0.0, cache_modifier=".cg"))
             acc = part if p == 0 else acc + part  # starting at 0.0 would lose the sign of -0.0
         return _round(acc, own.dtype.element_ty)
@@ -413,15 +511,17 @@ def _sum(own, mine, row, at, inside, parity, data, nbytes, rank, rows, WORLD: tl
 @triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
 def one_shot_few(
     x, residual, weight, parameter, total, norm, data, scales,
-    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
+    peer_words, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, PARTS: tl.constexpr, WAIT: tl.constexpr,
+    CLEAR: tl.constexpr,
 ):
     """`one_shot` for few rows: PARTS programs for each, which push, normalize and quantize a part of it each.
 
-    What a row's parts have in common, the sum of its squares (and its amax), each of them computes from the whole row: that is
-    quicker than to ask the others.
+    The rows come in words, without flags: what a program waits for is the whole row, as it needs what a row's parts have in
+    common, the sum of its squares (and its amax). Each part computes that from the whole row: that is quicker than to ask the
+    others. CLEAR False leaves out that the words of the launch before are cleared: for tests.
     """
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8  # rows start at multiples of 16 bytes
     N: tl.constexpr = BLOCK // PARTS
@@ -434,6 +534,7 @@ def one_shot_few(
     whole_inside = _below(whole, HIDDEN, BLOCK)
     # All that needs no epoch is under way before it is asked for.
     epoch = _epoch(state)
+    turn, used = _words(state)
     own = x + row * X_STRIDE
     mine = tl.load(own + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
@@ -448,19 +549,20 @@ def one_shot_few(
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
-    parity = (epoch & 1).to(tl.int64)
-    _push(x, mine, row, part, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-          WORLD, LOOPBACK, SLOT, PARTS)
+    _push_words(x, mine, row, at, turn, peer_words, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
+    tl.debug_barrier()
     counted = _count_in(state)
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         inverse = _inverse(param)
     if SWIZZLED:
         _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
+    if CLEAR:
+        _clear_words((turn + 2) % 3, used, peer_words, nbytes, rank, N // 2, WORLD)
     if WAIT:
-        _arrived(row, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD, PARTS)
+        _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
     if PARTS > 1:
-        summed_all = _sum(own, mine_all, row, whole, whole_inside, parity, peer_data, nbytes, rank, rows, WORLD, SLOT)
-    summed = _sum(own, mine, row, at, inside, parity, peer_data, nbytes, rank, rows, WORLD, SLOT)
+        summed_all = _sum(own, mine_all, row, whole, whole_inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+    summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
     if HAS_RESIDUAL:
         summed = _plus(before, summed)
         if PARTS > 1:
@@ -475,67 +577,93 @@ def one_shot_few(
         if FMT == "fp8_token":
             if PARTS > 1:
                 normed_all = _normed(summed_all, w_all, factor, offset, HAS_OFFSET, CAST_FIRST)
-                param = _scale_of(_amax(_ended(normed_all, whole_inside, HIDDEN, BLOCK), 0))
+                param = _scale_of(_row_amax(_ended(normed_all, whole_inside, HIDDEN, BLOCK)))
             else:
-                param = _scale_of(_amax(y, 0))
+                param = _scale_of(_row_amax(y))
             inverse = _inverse(param)
         codes, scale = _quantized(y, param, inverse, FMT)
         _store_parts(codes, scale, data, scales, row, first, HIDDEN, BLOCK, FMT, SWIZZLED, N)
+    _leave_words(state, counted, (turn + 1) % 3 << 32 | rows * (SLOT // 8))
     _leave_epoch(state, counted)
 
 
-@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "pushers"])
 def one_shot(
     x, residual, weight, parameter, total, norm, data, scales,
-    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, pushers,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
-    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, PARTS: tl.constexpr, WAIT: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WAIT: tl.constexpr,
+    AHEAD: tl.constexpr, WORDS: tl.constexpr,
 ):
     """Each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
 
-    A program pushes a row, and the row that it will do next, before it waits for the first of the others. All programs of a
-    launch fit on the device at once, so nobody waits for a program that has not started.
+    A program pushes a row, and the AHEAD rows that it will do next, before it waits for the first of the others. All programs of
+    a launch fit on the device at once, so nobody waits for a program that has not started.
 
     x, residual  (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
     weight       (HIDDEN,) of any float dtype
     total, norm  (rows, HIDDEN) of x's dtype, contiguous
     data, scales the parts of FMT, contiguous; parameter its scalar
-    PARTS        1
+    pushers      so many programs push all rows, in order, and do nothing else; the others push none
     WAIT         False leaves the waits out: for tests
+    WORDS        the rows come in words, not with flags
     """
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
-    first = tl.program_id(0).to(tl.int64)
-    step = tl.num_programs(0)
+    pid, step = tl.program_id(0), tl.num_programs(0)
     epoch = _epoch(state)
-    mine = tl.load(x + first * X_STRIDE + at, mask=inside, other=0.0)
+    if WORDS:
+        half, used = _words(state)
+    else:
+        half = (epoch & 1).to(tl.int64)
     w = tl.load(weight + at, mask=inside, other=0.0)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
-    parity = (epoch & 1).to(tl.int64)
-    _push(x, mine, first, 0, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-          WORLD, LOOPBACK, SLOT, PARTS)
+    if pushers > 0:
+        first_push, last_push, step_push = pid, tl.where(pid < pushers, rows, 0), pushers
+        first, step = tl.where(pid < pushers, rows, pid - pushers), step - pushers
+    else:
+        first_push, last_push, step_push = pid, tl.minimum(rows, pid + (AHEAD - 1) * step + 1), step
+        first = pid
+    for r in range(first_push, last_push, step_push):
+        row = tl.cast(r, tl.int64)
+        mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
+        if WORDS:
+            _push_words(x, mine, row, at, half, peer_data, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
+        else:
+            _push(x, mine, row, at, inside, half, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                  WORLD, LOOPBACK, SLOT)
+    tl.debug_barrier()
     counted = _count_in(state)
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         inverse = _inverse(param)
     if SWIZZLED:
         _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
-    for r in range(tl.program_id(0), rows, step):
+    if WORDS:
+        _clear_words((half + 2) % 3, used, peer_data, nbytes, rank, BLOCK // 2, WORLD)
+    for r in range(first, rows, step):
         row = tl.cast(r, tl.int64)
-        following = row + step
-        ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
+        following = row + AHEAD * step
+        push = (following < rows) & (pushers == 0)
+        ahead = tl.load(x + following * X_STRIDE + at, mask=inside & push, other=0.0)
         mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)  # again: to keep it in registers takes more than this
         if HAS_RESIDUAL:
             before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
-        if following < rows:
-            _push(x, ahead, following, 0, at, inside, parity, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-                  WORLD, LOOPBACK, SLOT, PARTS)
+        if push:
+            if WORDS:
+                _push_words(x, ahead, following, at, half, peer_data, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
+            else:
+                _push(x, ahead, following, at, inside, half, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                      WORLD, LOOPBACK, SLOT)
         if WAIT:
-            _arrived(row, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD, PARTS)
-        summed = _sum(x + row * X_STRIDE, mine, row, at, inside, parity, peer_data, nbytes, rank, rows, WORLD, SLOT)
+            if WORDS:
+                _words_arrived(row, half, epoch, peer_data, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
+            else:
+                _arrived(row, half, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD)
+        summed = _sum(x + row * X_STRIDE, mine, row, at, inside, half, peer_data, nbytes, rank, rows, WORLD, SLOT)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
         tl.store(total + row * HIDDEN + at, summed, mask=inside)
@@ -545,10 +673,12 @@ def one_shot(
         if FMT != "bf16":
             y = _ended(normed, inside, HIDDEN, BLOCK)
             if FMT == "fp8_token":
-                param = _scale_of(_amax(y, 0))
+                param = _scale_of(_row_amax(y))
                 inverse = _inverse(param)
             codes, scale = _quantized(y, param, inverse, FMT)
             _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
+    if WORDS:
+        _leave_words(state, counted, (half + 1) % 3 << 32 | rows * (SLOT // 8))
     _leave_epoch(state, counted)
 
 
@@ -623,7 +753,7 @@ def two_shot(
         if HAS_RESIDUAL:
             before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
         if WAIT:
-            _arrived(local, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, per, WORLD, 1)
+            _arrived(local, parity, epoch, peer_flags, report, flag_count, rank, op, limit_ns, per, WORLD)
         summed = _sum(x + row * X_STRIDE, mine, local, at, inside, parity, peer_data, nbytes, rank, per, WORLD, SLOT)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
@@ -634,7 +764,7 @@ def two_shot(
         if FMT != "bf16":
             y = _ended(normed, inside, HIDDEN, BLOCK)
             if FMT == "fp8_token":
-                param = _scale_of(_amax(y, 0))
+                param = _scale_of(_row_amax(y))
                 inverse = _inverse(param)
             codes, scale = _quantized(y, param, inverse, FMT)
             _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
@@ -755,7 +885,7 @@ def norm_quant_push(
         else:
             y = _ended(normed, inside, HIDDEN, BLOCK)
             if FMT == "fp8_token":
-                param = _scale_of(_amax(y, 0))
+                param = _scale_of(_row_amax(y))
                 inverse = _inverse(param)
             codes, scale = _quantized(y, param, inverse, FMT)
             _store_parts(codes, scale, data, scales, base + row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)

@@ -87,9 +87,10 @@ def counters(op: str, space: workspace.Workspace) -> Tensor:
 
 
 def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space: workspace.Workspace, tensors: list[Tensor | None],
-           numbers: tuple, constants: dict[str, Any]) -> None:
+           numbers: tuple, constants: dict[str, Any], words: bool = False) -> None:
     """Launch a kernel whose arguments are tensors, those of the workspace, `numbers` and constants.
 
+    words     it has the words instead of the data
     programs  of `warps` warps, of which `resident` fit on a multiprocessor: all of a launch must be on the device at once, as
               they wait for peers whose programs wait for them
     """
@@ -104,5 +105,7 @@ def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space
             raise FusewireError(f"{op}: a kernel for {what} would be compiled while a CUDA graph is captured; run the model once "
                                 "before the capture")
         _warm.add(key)
-    kernel[(programs,)](*tensors, *space.from_here[:2], space.state, space.report, space.nbytes, space.flag_count, space.rank,
+    data, flags, all_words = space.from_here
+    where, nbytes = (all_words, space.word_bytes) if words else (data, space.nbytes)
+    kernel[(programs,)](*tensors, where, flags, space.state, space.report, nbytes, space.flag_count, space.rank,
                         workspace.op_number(op), space.limit_ns, *numbers, **constants)
