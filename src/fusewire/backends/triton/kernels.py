@@ -824,6 +824,17 @@ def _set_if(last, flag, epoch):
                               "=r,r,l,r", [last, flag, epoch], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    """Row r of x and of the residual (of x again if there is none), if there is such a row."""
+    row, there = tl.cast(r, tl.int64), inside & (r < rows)
+    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0)
+    if HAS_RESIDUAL:
+        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0)
+    else:
+        return mine, mine
+
+
 @triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at", "together"])
 def norm_quant_push(
     x, residual, weight, parameter, total, norm, data, scales, counters, ticket,
@@ -831,6 +842,7 @@ def norm_quant_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer.
 
@@ -841,6 +853,7 @@ def norm_quant_push(
     counters      int32 (ceil(rows / ROWS_PER_FLAG),), all 0
     ticket        int32 (1,): gets the epoch
     together      rows that a program does for one fence, which it has to wait for: a divisor of ROWS_PER_FLAG
+    AHEAD         a program loads its next row while it works on one
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
     which begin at byte `scales_at`. Its flag is number `s * ceil(rows / ROWS_PER_FLAG) + r // ROWS_PER_FLAG`, set once these
@@ -871,11 +884,19 @@ def norm_quant_push(
     if SWIZZLED:
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
     r = pid * together
+    if AHEAD:
+        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
     while r < rows:
         row = tl.cast(r, tl.int64)
-        summed = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
+        ends = ((r + 1) % together == 0) | (r + 1 == rows)  # what is sent for one fence
+        following = r + 1 + tl.where(ends, (step - 1) * together, 0)
+        if AHEAD:
+            summed, before = next_summed, next_before
+            next_summed, next_before = _row(x, residual, following, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+        else:
+            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
         if HAS_RESIDUAL:
-            summed = _plus(tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0), summed)
+            summed = _plus(before, summed)
             tl.store(total + row * HIDDEN + at, summed, mask=inside)
         normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
         if KEEP_NORM:
@@ -897,16 +918,15 @@ def norm_quant_push(
             else:
                 _store_parts(codes, scale, to, _at(peer_data[i] + half + scales_at, scales), source * rows + row, 0,
                              HIDDEN, BLOCK, FMT, False, BLOCK)
-        r += 1
-        if (r % together == 0) | (r == rows):
+        if ends:
             tl.debug_barrier()
-            block = (r - 1) // ROWS_PER_FLAG
+            block = r // ROWS_PER_FLAG
             of_block = tl.minimum(ROWS_PER_FLAG, rows - block * ROWS_PER_FLAG)
             last = _came_last(counters + block, (of_block + together - 1) // together)
             for i in tl.static_range(1, WORLD):
                 source = (rank + i) % WORLD if LOOPBACK else rank
                 _set_if(last, peer_flags[i] + parity * flag_count * 4 + (source * blocks + block) * 4, epoch)
-            r += (step - 1) * together
+        r = following
     if GATHER:
         for i in tl.static_range(1, WORLD):
             peer = (rank + i) % WORLD
