@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for devices must not start CUDA here: ranks are forked
 
@@ -201,9 +202,48 @@ def numbers(rank: int, world: int) -> dict[str, list]:
     return results
 
 
+def compile_ahead(rank: int, count: int, world: int, calls: Callable[[str], Iterable[Callable]]) -> None:
+    """Compile every count-th kernel that `calls(group)` launch on one of `world` ranks, without running it.
+
+    Ranks compile one kernel after the other, each for itself, and that took most of a test's time. So processes that need no peers
+    do it first, into the cache that Triton keeps on disk.
+    """
+    from triton.runtime.jit import JITFunction
+
+    JITFunction.__getitem__ = lambda self, grid: functools.partial(self.warmup, grid=grid)
+    torch.cuda.set_device(0)
+    g = group.loopback_group(world)
+    space = workspace.open(g.name, world * workspace.WORD_BYTES_OF_A_RANK)
+    space.loopback, space.nbytes = False, 1 << 30  # as it is among processes, and large enough for every call
+    for call in itertools.islice(calls(g.name), rank, None, count):
+        call()
+
+
+def launches(name: str) -> Iterable[Callable]:
+    """A call for each kernel of `numbers`."""
+    from fusewire.backends.triton import all_reduce_norm_quant as ar
+
+    seen = set()
+    for fmt, hidden, tokens, (has_residual, offset, cast_first, dtype, eps), _ in cases(group.resolve(name).world_size):
+        x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+        for shots, keep in itertools.product((1, 2), (True, False)):
+            few = ar._few(tokens, hidden, ar.processors(x), fmt) if shots == 1 else ()
+            key = fmt, hidden, has_residual, offset, cast_first, dtype, shots, keep, few
+            if tokens and (keep or tokens <= 3) and key not in seen:
+                seen.add(key)
+                yield functools.partial(ar.exchange, x, x if has_residual else None, x[0].to(dtype), eps, offset, cast_first,
+                                        params_of(fmt), fmt, keep, name, shots)
+
+
+def compiling() -> int:
+    """Processes that compile at the same time."""
+    return min(16, os.cpu_count() or 1)
+
+
 @functools.cache
 def run_numbers(world: int) -> list[dict[str, list]] | Exception:
     try:
+        ranks.run_ranks(compile_ahead, compiling(), compiling(), world, launches, timeout_s=300)
         return ranks.run_ranks(numbers, world, world, timeout_s=500)
     except Exception as e:  # once for all formats
         return e

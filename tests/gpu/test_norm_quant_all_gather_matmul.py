@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections.abc import Callable, Iterable
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -10,7 +12,18 @@ import dist as ranks
 import pytest
 import torch
 import torch.distributed as dist
-from test_all_reduce_norm_quant import FORMATS, VARIANTS, connect, digest, norm_problems, params_of, rows, same
+from test_all_reduce_norm_quant import (
+    FORMATS,
+    VARIANTS,
+    compile_ahead,
+    compiling,
+    connect,
+    digest,
+    norm_problems,
+    params_of,
+    rows,
+    same,
+)
 
 from fusewire import formats, group
 from fusewire.backends import workspace
@@ -55,37 +68,64 @@ def problems(p, rank: int, world: int, tokens: int, hidden: int, variant: tuple,
     return wrong + [f"part {i} differs" for i, (a, b) in enumerate(zip(p.parts, want, strict=True)) if not same(a, b)]
 
 
-def numbers(rank: int, world: int, fmt: str) -> tuple[list[str], str]:
-    name, seen, seal = connect(), [], ""
-    for i, (hidden, tokens) in enumerate((h, t) for h in HIDDEN for t in TOKENS):
-        if world == 8 and i % 3:
-            continue
-        variant, special, params = VARIANTS[i % len(VARIANTS)], i % 2 == 1, params_of(fmt)
-        args = (*arguments(rank, tokens, hidden, variant, special), variant, params, fmt, name)
-        p = pushed(*args)
-        everyone = [torch.empty_like(p.norm, device="cpu") for _ in range(world)]
-        dist.all_gather(everyone, p.norm.cpu())
-        check = functools.partial(problems, rank=rank, world=world, tokens=tokens, hidden=hidden, variant=variant, special=special,
-                                  params=params, fmt=fmt, everyone=[e.cuda() for e in everyone])
-        bad = check(p)
-        if tokens in (3, 640):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                captured = pushed(*args)
-            for _ in range(3):
-                for t in (captured.norm, *captured.parts):
-                    t.view(torch.uint8).fill_(0xA5)
-                graph.replay()
-                bad += [f"replayed: {b}" for b in check(captured)]
-        seen += [f"hidden {hidden}, tokens {tokens}, {variant}, special {special}: {b}" for b in bad]
-        seal = digest([torch.tensor([int(seal or "0", 16) % 2**62]), *[t.cpu() for t in p.parts]])
-    return seen, seal
+def variant_of(hidden: int, fmt: str) -> tuple:
+    """With each format every hidden size has another: one kernel for all of its token counts."""
+    return VARIANTS[(HIDDEN.index(hidden) + FORMATS.index(fmt)) % len(VARIANTS)]
+
+
+def numbers(rank: int, world: int) -> dict[str, list]:
+    """Per format: [what was wrong, hash of all parts]."""
+    name, results = connect(), {}
+    for fmt in FORMATS:
+        seen, seal = [], ""
+        for i, (hidden, tokens) in enumerate((h, t) for h in HIDDEN for t in TOKENS):
+            if world == 8 and i % 3:
+                continue
+            variant, special, params = variant_of(hidden, fmt), i % 2 == 1, params_of(fmt)
+            args = (*arguments(rank, tokens, hidden, variant, special), variant, params, fmt, name)
+            p = pushed(*args)
+            everyone = [torch.empty_like(p.norm, device="cpu") for _ in range(world)]
+            dist.all_gather(everyone, p.norm.cpu())
+            check = functools.partial(problems, rank=rank, world=world, tokens=tokens, hidden=hidden, variant=variant,
+                                      special=special, params=params, fmt=fmt, everyone=[e.cuda() for e in everyone])
+            bad = check(p)
+            if tokens in (3, 640):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    captured = pushed(*args)
+                for _ in range(3):
+                    for t in (captured.norm, *captured.parts):
+                        t.view(torch.uint8).fill_(0xA5)
+                    graph.replay()
+                    bad += [f"replayed: {b}" for b in check(captured)]
+            seen += [f"hidden {hidden}, tokens {tokens}, {variant}, special {special}: {b}" for b in bad]
+            seal = digest([torch.tensor([int(seal or "0", 16) % 2**62]), *[t.cpu() for t in p.parts]])
+        results[fmt] = [seen, seal]
+    return results
+
+
+def launches(name: str) -> Iterable[Callable]:
+    """A call for each kernel of `numbers`."""
+    for fmt, hidden in itertools.product(FORMATS, HIDDEN):
+        variant = variant_of(hidden, fmt)
+        yield functools.partial(pushed, *arguments(0, 3, hidden, variant, False), variant, params_of(fmt), fmt, name)
+
+
+@functools.cache
+def run_numbers(world: int) -> list[dict[str, list]] | Exception:
+    try:
+        ranks.run_ranks(compile_ahead, compiling(), compiling(), world, launches, timeout_s=300)
+        return ranks.run_ranks(numbers, world, world, timeout_s=500)
+    except Exception as e:  # once for all formats
+        return e
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("world", (2, 4, 8))
 def test_numbers(world, fmt):
-    results = ranks.run_ranks(numbers, world, world, fmt, timeout_s=300)
+    if isinstance(ran := run_numbers(world), Exception):
+        raise ran
+    results = [r[fmt] for r in ran]
     assert [r[0] for r in results] == [[]] * world
     assert len({r[1] for r in results}) == 1, "the ranks gathered different parts"
 
