@@ -1,4 +1,5 @@
 """Collectives between real processes: every rank gets the sum of all ranks in rank order, to the bit."""
+import os
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from dist import run_ranks
 from torch import Tensor
 
+from fusewire.group import simulate
 from fusewire.ops.collectives import all_gather, all_reduce, all_reduce_max, reduce_scatter, shard
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
@@ -86,3 +88,11 @@ def test_the_order_of_a_sum_shows_in_these_cases():
             xs = [data(i, r, *case) for r in range(world)]
             differ += case[0] is torch.float32 and not equal(ordered_sum(xs), ordered_sum(xs[::-1]))
         assert differ >= 1
+
+
+def test_simulated_ranks_are_gone_when_processes_are_forked(ranks):
+    """A thread that is about to end may hold a lock of MKL, for which a process that is forked then waits forever."""
+    before, group, w = os.listdir("/proc/self/task"), ranks(8), torch.randn(64, 64)
+    for _ in range(100):
+        simulate(group, lambda rank: w @ w)
+        assert os.listdir("/proc/self/task") == before

@@ -6,7 +6,9 @@ that PyTorch itself captured work too.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -215,6 +217,9 @@ def simulate(group: Group, program: Callable[[int], object]) -> list:
         t.start()
     for t in threads:
         t.join()
+    # Python lets go of a thread before it has ended, and a process that forks meanwhile inherits the locks that MKL takes then.
+    while any(os.path.exists(f"/proc/self/task/{t.native_id}") for t in threads):
+        time.sleep(1e-4)
     if errors:
         raise errors[0]
     return results
