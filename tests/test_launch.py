@@ -99,10 +99,18 @@ def run(tmp_path):
 
 
 def alive(pid: int) -> bool:
+    """Whether any thread of a process lives: its files, and with them its locks, stay open until the last has ended."""
+    def state(thread: Path) -> str:
+        try:
+            return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return "X"
+
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
     except (FileNotFoundError, ProcessLookupError):
         return False
+    return any(state(thread) not in "ZX" for thread in threads)
 
 
 def said(folder: Path, rank: int, file: str = "rank", value=None) -> None:
