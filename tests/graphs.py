@@ -590,6 +590,17 @@ def _normed_sums(b: Fixed, h: fx.Node) -> list:
     return [b.matmul(b.call(quantize, normed, params, "nvfp4"), params, b.hidden, 16, "nvfp4")]
 
 
+def _matmul_of_sum(b: Fixed, h: fx.Node) -> list:
+    residual = b.random("h", (b.tokens, b.hidden), same=True)
+    total = b.call(add_rms_norm, h, residual, b.norm_weight(b.hidden), 1e-5, 0.0, False)[1]
+    return [b.matmul(b.call(quantize, total, [], "mxfp8"), [], b.hidden, 16, "mxfp8")]
+
+
+def _quantized_twice(b: Fixed, h: fx.Node) -> list:
+    normed = b.call(rms_norm, h, b.norm_weight(b.hidden), 1e-5, 0.0, False)
+    return [b.matmul(b.call(quantize, normed, [], fmt), [], b.hidden, 16, fmt) for fmt in ("fp8_token", "mxfp8")]
+
+
 CRAFTED: dict[str, Callable[[Fixed], list]] = {
     "a sum over half of the ranks meets one over all": lambda b: [b.call(
         aten.add.Tensor, b.reduced(), b.call(aten.flip.default, b.reduced(b.groups[2]), [0]))],
@@ -601,6 +612,8 @@ CRAFTED: dict[str, Callable[[Fixed], list]] = {
     "a view of other rows": lambda b: [b.call(aten.cumsum.default, _flat_halves(b, b.reduced()), 1)],
     "a square and its transpose": lambda b: (lambda h: [b.call(aten.add.Tensor, h, b.call(aten.t.default, h))])(b.reduced()),
     "a scale that its norm makes": lambda b: _normed_sums(b, b.reduced()),
+    "a matmul reads the sum, not the norm": lambda b: _matmul_of_sum(b, b.reduced()),
+    "a norm is quantized twice": lambda b: _quantized_twice(b, b.reduced()),
     "a strided residual": lambda b: [b.call(add_rms_norm, b.reduced(), b.call(aten.t.default, b.random(
         "h", (b.hidden, b.tokens), same=True)), b.norm_weight(b.hidden), 1e-5, 1.0, False)[0]],
 }

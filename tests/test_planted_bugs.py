@@ -26,7 +26,7 @@ from fusewire.compiler.passes import PLANS, all_reduce_norm, async_tp, boundary,
 from fusewire.compiler.rewrite import Rule
 from fusewire.config import Bounds, Config
 from fusewire.group import Group
-from fusewire.op import OPS, Backend, Op
+from fusewire.op import OPS, Backend, Op, op_of
 from fusewire.ops import collectives, dense, fused
 from fusewire.ops.collectives import all_gather, reduce_scatter
 from fusewire.ops.dense import amax
@@ -224,7 +224,17 @@ def plans_add_no_bytes() -> str:
     return "" if sharded.sent(1)[0] <= most and sharded.refused else f"{sharded.sent(1)[0]} bytes instead of {most}"
 
 
-CHECKS = (programs, rows_travel_once, plans_add_no_bytes, reads_apart, late_operand_stays, tags_apart, supported_backend)
+def a_norm_is_made_once() -> str:
+    """Of two quantizes of one norm the first becomes one op with it, which keeps the norm for the second."""
+    graph = test_random_graphs.graphs.crafted("a norm is quantized twice").gm.graph
+    for rules in PLANS["sharded"]:
+        rewrite.run(graph, rules)
+    made = [o.name for n in graph.nodes if (o := op_of(n)) in (rms_norm, fused.norm_quant_all_gather_matmul)]
+    return "" if made == ["norm_quant_all_gather_matmul"] else f"the norm is made by {made}"
+
+
+CHECKS = (programs, rows_travel_once, a_norm_is_made_once, plans_add_no_bytes, reads_apart, late_operand_stays, tags_apart,
+          supported_backend)
 
 
 @pytest.mark.parametrize("check", CHECKS[1:], ids=lambda c: c.__name__)
@@ -301,6 +311,9 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "the sum added to itself": (all_reduce_norm, "fuse_all_reduce_norm_quant", ("residual = b if a is ar else a", "residual = a")),
     "results of two matmuls swapped": (async_tp, "fuse_all_gather_matmul", ("zip(readers, ys,", "zip(readers, reversed(ys),")),
     "matmuls of two dtypes in one": (async_tp, "fuse_all_gather_matmul", ("if len(kinds) > 1", "if False")),
+    "a norm that others read is made again for them": (
+        boundary, "fuse_norm_quant_all_gather_matmul", ("keep_norm = len(normed.users) > 1", "keep_norm = False")),
+    "a sum taken for a norm": (boundary, "fuse_norm_quant_all_gather_matmul", ("and normed.args[1] != 0", "and False")),
     "the residual of a boundary is its norm's": (
         boundary, "fuse_norm_quant_all_gather_matmul", ("outputs(norm).get(1)", "outputs(norm).get(0)")),
     "operands are not moved up": (rewrite, "hoist", ("before.prepend(m)", "pass")),
@@ -319,7 +332,8 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "an unsupported backend is chosen": (op_module, "Op.candidates", ("if why is None:", "if True:")),
 }
 SEEN_BY = {
-    "the rows are gathered too": rows_travel_once, "a plan that adds bytes is kept": plans_add_no_bytes,
+    "the rows are gathered too": rows_travel_once, "a norm that others read is made again for them": a_norm_is_made_once,
+    "a plan that adds bytes is kept": plans_add_no_bytes,
     "merged across a write": reads_apart, "moved across a write": late_operand_stays,
     "an unsupported backend is chosen": supported_backend, **{name: tags_apart for name in BUGS if name.startswith("cache key")}}
 
