@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusewire import group
+from fusewire import compat, group
 from fusewire.compiler import adopt, plan, tokens
 from fusewire.compiler.passes import PLANS, RULES
 from fusewire.compiler.rewrite import Rule, merge_equal_calls, run
@@ -179,6 +179,25 @@ def test_a_crafted_program(name):
     fires: Counter = Counter()
     assert wrong_in(graphs.crafted(name), fires) == []
     assert fires["split_all_reduce"] >= 1
+
+
+def test_ranks_that_are_threads_share_a_graph():
+    """Its Python code is made by the first call, and here every rank's is the first."""
+    ranks, often = group.simulated_group(8), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(10):
+            graph = fx.Graph()
+            y = graph.placeholder("x")
+            for i in range(200):  # named as the code would not name them
+                y = graph.call_function(torch.add, (y, i), name=f"add_{7 * i % 200}")
+            graph.output(y)
+            shared = compat.graph_module(torch.nn.Module(), graph)
+            found = group.simulate(ranks, lambda rank, shared=shared: shared(torch.tensor(0)).item())
+            assert found == [sum(range(200))] * 8
+    finally:
+        sys.setswitchinterval(often)
+        group.close(ranks)
 
 
 BATCH = 50

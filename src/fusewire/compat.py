@@ -1,9 +1,12 @@
 """Every private PyTorch API that Fusewire touches, for torch 2.11 to 2.13."""
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroup, _get_process_group_store, _resolve_process_group
+from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module
 
 OP_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -261,9 +264,17 @@ def reset_compiler() -> None:
     torch._dynamo.reset()
 
 
+class _Lazy(_LazyGraphModule):
+    """A lazy GraphModule whose first calls may come from several threads. While torch writes the code the names in it are kept
+    in the graph, so two threads that write at once each get a mixture."""
+
+    _writing = threading.Lock()
+
+    def _real_recompile(self) -> torch.fx.graph.PythonCode:
+        with self._writing:
+            return super()._real_recompile()
+
+
 def graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
     """A GraphModule whose Python code is made when it is first called, and not for every copy that is rewritten."""
-    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
-
-    with _use_lazy_graph_module(True):
-        return _make_graph_module(root, graph)
+    return _make_graph_module(root, graph, graph_module_cls=_Lazy)
