@@ -202,8 +202,8 @@ def numbers(rank: int, world: int) -> dict[str, list]:
     return results
 
 
-def compile_ahead(rank: int, count: int, world: int, calls: Callable[[str], Iterable[Callable]]) -> None:
-    """Compile every count-th kernel that `calls(group)` launch on one of `world` ranks, without running it.
+def compile_ahead(rank: int, count: int, calls: Callable[..., Iterable[Callable]], *args) -> None:
+    """Compile every count-th kernel that `calls(*args)` launch, without running it.
 
     Ranks compile one kernel after the other, each for itself, and that took most of a test's time. So processes that need no peers
     do it first, into the cache that Triton keeps on disk.
@@ -212,19 +212,24 @@ def compile_ahead(rank: int, count: int, world: int, calls: Callable[[str], Iter
 
     JITFunction.__getitem__ = lambda self, grid: functools.partial(self.warmup, grid=grid)
     torch.cuda.set_device(0)
-    g = group.loopback_group(world)
-    space = workspace.open(g.name, world * workspace.WORD_BYTES_OF_A_RANK)
-    space.loopback, space.nbytes = False, 1 << 30  # as it is among processes, and large enough for every call
-    for call in itertools.islice(calls(g.name), rank, None, count):
+    for call in itertools.islice(calls(*args), rank, None, count):
         call()
 
 
-def launches(name: str) -> Iterable[Callable]:
+def group_of_one(world: int) -> str:
+    """The name of a group in whose workspace kernels are those of `world` processes; none may run."""
+    name = group.loopback_group(world).name
+    space = workspace.open(name, world * workspace.WORD_BYTES_OF_A_RANK)
+    space.loopback, space.nbytes = False, 1 << 30  # large enough for every call
+    return name
+
+
+def launches(world: int) -> Iterable[Callable]:
     """A call for each kernel of `numbers`."""
     from fusewire.backends.triton import all_reduce_norm_quant as ar
 
-    seen = set()
-    for fmt, hidden, tokens, (has_residual, offset, cast_first, dtype, eps), _ in cases(group.resolve(name).world_size):
+    name, seen = group_of_one(world), set()
+    for fmt, hidden, tokens, (has_residual, offset, cast_first, dtype, eps), _ in cases(world):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
         for shots, keep in itertools.product((1, 2), (True, False)):
             few = ar._few(tokens, hidden, ar.processors(x), fmt) if shots == 1 else ()
@@ -243,7 +248,7 @@ def compiling() -> int:
 @functools.cache
 def run_numbers(world: int) -> list[dict[str, list]] | Exception:
     try:
-        ranks.run_ranks(compile_ahead, compiling(), compiling(), world, launches, timeout_s=300)
+        ranks.run_ranks(compile_ahead, compiling(), compiling(), launches, world, timeout_s=300)
         return ranks.run_ranks(numbers, world, world, timeout_s=500)
     except Exception as e:  # once for all formats
         return e
@@ -359,20 +364,31 @@ def test_a_workspace_does_not_grow():
     group.close(g)
 
 
-def test_two_groups_and_sizes_in_one_process():
-    """Loopback: each peer is taken to have pushed what this rank pushed."""
+def mixed() -> Iterable[tuple]:
+    """Arguments of calls in three loopback groups by turns, which it opens."""
     groups = [group.loopback_group(w) for w in (2, 4, 8)]
     for g in groups:
         workspace.open(g.name, 8 * 130 * 5120 * 2)
     for i in range(60):
         g, tokens, hidden = groups[i % 3], (1, 130, 7)[i // 3 % 3], (5120, 576)[i % 2]
         fmt = FORMATS[i % len(FORMATS)]
-        x, residual = rows(tokens, hidden, i), rows(tokens, hidden, i, "residual")
-        args = (torch.ones(hidden, device="cuda"), 1e-6, 0.0, False, params_of(fmt), fmt)
-        assert all_reduce_norm_quant.select(x, residual, *args, True, g.name).backend.name == "one_shot"
-        assert not problems(all_reduce_norm_quant(x, residual, *args, True, g.name), [x] * g.world_size, residual, *args)
+        yield (rows(tokens, hidden, i), rows(tokens, hidden, i, "residual"), torch.ones(hidden, device="cuda"), 1e-6, 0.0, False,
+               params_of(fmt), fmt, True, g.name)
     for g in groups:
         group.close(g)
+
+
+def mixed_launches() -> Iterable[Callable]:
+    return (functools.partial(all_reduce_norm_quant, *args) for args in mixed())
+
+
+def test_two_groups_and_sizes_in_one_process():
+    """Loopback: each peer is taken to have pushed what this rank pushed."""
+    ranks.run_ranks(compile_ahead, compiling(), compiling(), mixed_launches, timeout_s=120)
+    for args in mixed():
+        assert all_reduce_norm_quant.select(*args).backend.name == "one_shot"
+        x, residual, *rest, _, name = args
+        assert not problems(all_reduce_norm_quant(*args), [x] * group.resolve(name).world_size, residual, *rest)
 
 
 def test_ten_thousand_exchanges():

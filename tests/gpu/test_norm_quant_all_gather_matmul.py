@@ -19,6 +19,7 @@ from test_all_reduce_norm_quant import (
     compiling,
     connect,
     digest,
+    group_of_one,
     norm_problems,
     params_of,
     rows,
@@ -104,8 +105,9 @@ def numbers(rank: int, world: int) -> dict[str, list]:
     return results
 
 
-def launches(name: str) -> Iterable[Callable]:
+def launches(world: int) -> Iterable[Callable]:
     """A call for each kernel of `numbers`."""
+    name = group_of_one(world)
     for fmt, hidden in itertools.product(FORMATS, HIDDEN):
         variant = variant_of(hidden, fmt)
         yield functools.partial(pushed, *arguments(0, 3, hidden, variant, False), variant, params_of(fmt), fmt, name)
@@ -114,7 +116,7 @@ def launches(name: str) -> Iterable[Callable]:
 @functools.cache
 def run_numbers(world: int) -> list[dict[str, list]] | Exception:
     try:
-        ranks.run_ranks(compile_ahead, compiling(), compiling(), world, launches, timeout_s=300)
+        ranks.run_ranks(compile_ahead, compiling(), compiling(), launches, world, timeout_s=300)
         return ranks.run_ranks(numbers, world, world, timeout_s=500)
     except Exception as e:  # once for all formats
         return e
