@@ -14,7 +14,10 @@ from .launch import HIDDEN, block_of, processors
 TOKENS = 4  # that one program chooses experts for: one for each warp
 TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128, 256, 128), "fp8_block": (128, 128, 128),
         "nvfp4": (128, 256, 64)}
-"""Format -> (rows, columns, depth) of the grouped matmul's tiles."""
+"""Format -> (rows, columns, depth) of the grouped matmul's tiles, where experts have rows enough to fill them."""
+LOGIT_PARTS = 8  # of a logit, added one after the other
+LOGIT_TILES = (64, 32), (64, 64), (128, 64), (128, 128)  # of the router's matmul; the smallest whose programs run all at once
+FEW = 64  # rows of an expert, for which narrow tiles bring the weights by all multiprocessors
 
 
 def _power_of_two(n: int) -> bool:
@@ -61,10 +64,15 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     rows, n = x.shape[0], weight.shape[0]
     out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
     if rows:
-        tile = 64, 32, 64
-        moe_kernels.router_logits[-(-rows // tile[0]), -(-n // tile[1])](
-            x, weight, out, rows, HIDDEN=x.shape[1], EXPERTS=n, X_STRIDE=x.stride(0), ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2],
-            num_warps=4, num_stages=4)
+        split = rows <= 512  # too few tiles for all multiprocessors
+        height, width = (64, 64) if split else next((h, w) for h, w in LOGIT_TILES if -(-rows // h) * -(-n // w) <= processors(x)
+                                                    or (h, w) == LOGIT_TILES[-1])
+        parts = out.new_empty(LOGIT_PARTS, rows, n) if split else out
+        moe_kernels.router_logits[-(-rows // height), -(-n // width), LOGIT_PARTS if split else 1](
+            x, weight, parts, rows, HIDDEN=x.shape[1], EXPERTS=n, X_STRIDE=x.stride(0), ROWS=height, COLUMNS=width, DEPTH=64,
+            PARTS=LOGIT_PARTS, SPLIT=split, num_warps=8 if height > 64 else 4, num_stages=4)
+        if split:
+            moe_kernels.add_parts[-(-out.numel() // 1024),](parts, out, out.numel(), PARTS=LOGIT_PARTS, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -126,13 +134,16 @@ def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], end
 
 @moe.grouped_matmul.backend("triton", supports=_why_not_grouped)
 def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from . import moe_kernels
 
     (rows, k), (experts, n) = x[0].shape, w[0].shape[:2]
     out = torch.empty(rows, n, dtype=dtype, device=x[0].device)
     if rows:
-        tile = TILE[fmt]
-        programs = min(processors(x[0]), (-(-rows // tile[0]) + experts) * -(-n // tile[1]))
+        few = rows <= FEW * experts
+        tile, warps, stages = ((64, 64, 128), 4, 3) if few else (TILE[fmt], 8, 4)
+        programs = min((2 if few else 1) * processors(x[0]), (-(-rows // tile[0]) + experts) * -(-n // tile[1]))
         each = bool(params) and params[0].dim() > 0
         of_x, of_w = (params[0], w[-1]) if params else (ends, ends)
         if fmt == "nvfp4":  # a code times its scale is exact in bf16
@@ -140,9 +151,11 @@ def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends:
             of_x, of_w, k = of_x.reciprocal(), of_w.reciprocal(), x[0].shape[1]
         x, w = [t.contiguous() for t in x], [t.contiguous() for t in w]
         scale = x[1] if len(x) > 1 else ends
+        by_x = TensorDescriptor.from_tensor(x[0], [tile[0], tile[2]])
+        by_w = TensorDescriptor.from_tensor(w[0].flatten(0, 1), [tile[1], tile[2]])
         moe_kernels.grouped_matmul[programs,](
-            x[0], scale, w[0], w[1] if len(w) > 1 else ends, ends, out, rows, n, of_x, of_w, EACH=each, EXPERTS=experts, K=k,
-            FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2], num_warps=8, num_stages=3)
+            by_x, scale, by_w, w[1] if len(w) > 1 else ends, ends, out, rows, n, of_x, of_w, EACH=each, EXPERTS=experts, K=k,
+            FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2], num_warps=warps, num_stages=stages)
     return out
 
 

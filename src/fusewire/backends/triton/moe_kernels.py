@@ -25,26 +25,44 @@ from .kernels import (
 )
 
 
-@triton.jit
-def router_logits(x, w, out, rows, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, X_STRIDE: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """out (rows, EXPERTS) float32 = x (rows, HIDDEN) times w (EXPERTS, HIDDEN), both of one 16-bit dtype.
+@triton.jit(do_not_specialize=["rows"])
+def router_logits(x, w, out, rows, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, X_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
+    """out (rows, EXPERTS) float32 = x (rows, HIDDEN) times w (EXPERTS, HIDDEN), both of one 16-bit dtype; if SPLIT, out
+    (PARTS, rows, EXPERTS), whose sum that is.
 
-    The tile is the same for any number of rows, so a row's bits do not depend on the others.
+    HIDDEN is cut into PARTS, each added up by itself, and then one after the other: a row's bits depend neither on the others nor
+    on how the work is shared.
     """
+    PART: tl.constexpr = (HIDDEN + PARTS * DEPTH - 1) // (PARTS * DEPTH) * DEPTH
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
+    first = tl.program_id(2) * PART
     from_x = x + row[:, None].to(tl.int64) * X_STRIDE + at[None, :]
     from_w = w + column[None, :] * HIDDEN + at[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for k in range(0, HIDDEN, DEPTH):
-        inside = at < HIDDEN - k
-        a = tl.load(from_x + k, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(from_w + k, mask=(column < EXPERTS)[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(a, b, total)
-    to = out + row[:, None].to(tl.int64) * EXPERTS + column[None, :]
+    for _ in range(1 if SPLIT else PARTS):
+        part = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(first, tl.minimum(first + PART, HIDDEN), DEPTH):
+            inside = _below(at + k, HIDDEN, (HIDDEN + DEPTH - 1) // DEPTH * DEPTH)
+            a = tl.load(from_x + k, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+            b = tl.load(from_w + k, mask=(column < EXPERTS)[None, :] & inside[:, None], other=0.0)
+            part = tl.dot(a, b, part)
+        total += part
+        first += PART
+    to = out + (tl.program_id(2) * rows + row)[:, None].to(tl.int64) * EXPERTS + column[None, :]
     tl.store(to, total, mask=(row < rows)[:, None] & (column < EXPERTS)[None, :])
+
+
+@triton.jit(do_not_specialize=["n"])
+def add_parts(parts, out, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (n,) = the sum of parts (PARTS, n), one after the other."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(PARTS):
+        total += tl.load(parts + i * n + at, mask=at < n, other=0.0)
+    tl.store(out + at, total, mask=at < n)
 
 
 @triton.jit
@@ -341,6 +359,8 @@ def grouped_matmul(
 ):
     """out (rows, n) = each expert's rows of x (rows, K) times its own w (n, K); zero behind the last expert's.
 
+    x and w are descriptors, w's of (EXPERTS * n, K), by which the copy engine of a multiprocessor brings (ROWS, DEPTH) and
+    (COLUMNS, DEPTH): what is behind an expert's last row or column is another's, or zero, and is not stored.
     Persistent: programs walk the same list of (expert, tile) pairs, each taking every num_programs-th, so no expert is padded
     to another's rows. FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block": x_scale (rows, K / 128),
     w_scale (EXPERTS, ceil(n / 128), K / 128), and DEPTH is 128; "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times
@@ -350,43 +370,42 @@ def grouped_matmul(
     before = 0  # tiles of earlier experts
     start = 0
     columns = tl.cdiv(n, COLUMNS)
-    at = tl.arange(0, DEPTH)
     BLOCKS: tl.constexpr = (K + 127) // 128
-    for expert in range(EXPERTS + 1):  # the last turn writes the zeros
-        if expert < EXPERTS:
-            end = tl.load(ends + expert).to(tl.int32)
-        else:
-            end = rows
+    for expert in range(EXPERTS):
+        end = tl.load(ends + expert).to(tl.int32)
         tiles = tl.cdiv(end - start, ROWS) * columns
         while tile < before + tiles:
             own = tile - before
-            row = start + own // columns * ROWS + tl.arange(0, ROWS)
-            column = own % columns * COLUMNS + tl.arange(0, COLUMNS)
+            first_row = start + own // columns * ROWS
+            first_column = own % columns * COLUMNS
+            row = first_row + tl.arange(0, ROWS)
+            column = first_column + tl.arange(0, COLUMNS)
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if expert < EXPERTS:
-                from_x = x + row[:, None].to(tl.int64) * K + at[None, :]
-                weight = tl.cast(expert, tl.int64) * n
-                from_w = w + (weight + column)[None, :] * K + at[:, None]
+            if FMT == "fp8_block":
+                x_scales = x_scale + row.to(tl.int64) * BLOCKS
+                w_scales = w_scale + (tl.cast(expert, tl.int64) * tl.cdiv(n, 128) + column // 128) * BLOCKS
+            for k in range(0, K, DEPTH):
+                a = x.load([first_row, k])
+                b = w.load([expert * n + first_column, k]).T
                 if FMT == "fp8_block":
-                    x_scales = x_scale + row.to(tl.int64) * BLOCKS
-                    w_scales = w_scale + (tl.cast(expert, tl.int64) * tl.cdiv(n, 128) + column // 128) * BLOCKS
-                for k in range(0, K, DEPTH):
-                    a = tl.load(from_x + k, mask=(row < end)[:, None] & (at < K - k)[None, :], other=0.0)
-                    b = tl.load(from_w + k, mask=(column < n)[None, :] & (at < K - k)[:, None], other=0.0)
-                    if FMT == "fp8_block":
-                        sx = tl.load(x_scales + k // 128, mask=row < end, other=0.0)
-                        sw = tl.load(w_scales + k // 128, mask=column < n, other=0.0)
-                        total += tl.dot(a, b) * (sx[:, None] * sw[None, :])
-                    else:
-                        total = tl.dot(a, b, total)
-                if FMT == "fp8_token":
-                    sx = tl.load(x_scale + row, mask=row < end, other=0.0)
-                    sw = tl.load(w_scale + weight + column, mask=column < n, other=0.0)
-                    total = total * sx[:, None] * sw[None, :]
-                elif FMT == "fp8_tensor" or FMT == "nvfp4":
-                    total = total * tl.load(x_parameter + (expert if EACH else 0)) * tl.load(w_parameter + expert)
+                    sx = tl.load(x_scales + k // 128, mask=row < end, other=0.0)
+                    sw = tl.load(w_scales + k // 128, mask=column < n, other=0.0)
+                    total += tl.dot(a, b) * (sx[:, None] * sw[None, :])
+                else:
+                    total = tl.dot(a, b, total)
+            if FMT == "fp8_token":
+                sx = tl.load(x_scale + row, mask=row < end, other=0.0)
+                sw = tl.load(w_scale + tl.cast(expert, tl.int64) * n + column, mask=column < n, other=0.0)
+                total = total * sx[:, None] * sw[None, :]
+            elif FMT == "fp8_tensor" or FMT == "nvfp4":
+                total = total * tl.load(x_parameter + (expert if EACH else 0)) * tl.load(w_parameter + expert)
             to = out + row[:, None].to(tl.int64) * n + column[None, :]
             tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
             tile += tl.num_programs(0)
         before += tiles
         start = end
+    zeros = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
+    for own in range(tile - before, tl.cdiv(rows - start, ROWS) * columns, tl.num_programs(0)):
+        row = start + own // columns * ROWS + tl.arange(0, ROWS)
+        column = own % columns * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(out + row[:, None].to(tl.int64) * n + column[None, :], zeros, mask=(row < rows)[:, None] & (column < n)[None, :])
