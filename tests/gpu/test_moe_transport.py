@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
@@ -11,6 +12,7 @@ import dist as ranks
 import pytest
 import torch
 import torch.distributed as dist
+from test_all_reduce_norm_quant import compile_ahead, compiling, group_of_one
 from test_transfers import connect, rows
 from torch import Tensor
 
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
 WORLDS = (2, 4, 8)
 FORMATS = [name for name, f in formats.FORMATS.items() if f.layout == "linear"]
 COUNTS = ((5, 5), (0, 9), (1, 0), (130, 3), (128, 257), (1, 1), (700, 700))  # by turns over the ranks
+WHOLE = ("bf16", "fp8_block", "nvfp4")
 HOW = "grouped_sigmoid_renormalized"
 
 
@@ -69,10 +72,35 @@ def pushed(x: Tensor, route: tuple, fmt: str, counts: list[int], name: str, wait
     return transport.push(x, triton.logits(x, route[0]), params_of(fmt), *route, fmt, counts, name, wait)
 
 
+def sizes(world: int) -> Iterator[tuple[int, str]]:
+    """(hidden, format)"""
+    yield from ((1024, fmt) for fmt in FORMATS)
+    yield from ((7168, "nvfp4"), (7168, "fp8_block"), (640, "fp8_block"))
+    if world == 2:
+        yield from ((640, "fp8_token"), (16384, "bf16"))
+
+
+def launches(world: int) -> Iterable[Callable]:
+    """A call for each kernel of `numbers` and of `whole`."""
+    name = group_of_one(world)
+    for hidden, fmt in sizes(world):
+        yield functools.partial(pushed, rows(3, hidden), routing(hidden), fmt, [3] * world, name)
+        yield functools.partial(everything, [3], hidden, routing(hidden), fmt)
+    for fmt in WHOLE:
+        args = block(0, world, fmt, [3] * world, name, None)
+        yield functools.partial(torch.ops.fusewire.expert_parallel.pushed, *args)
+        yield functools.partial(torch.ops.fusewire.expert_parallel.pushed, rows(200, 512), *args[1:])
+
+
+@functools.cache
+def compiled(world: int) -> None:
+    ranks.run_ranks(compile_ahead, compiling(), compiling(), launches, world, timeout_s=300)
+
+
 def numbers(rank: int, world: int) -> list[str]:
     name, wrong = connect(128 << 20), []
-    for i, (hidden, fmt) in enumerate((h, f) for h in (1024, 7168, 640) for f in FORMATS):
-        for j, pattern in enumerate(COUNTS if i % 6 < 2 or world == 2 else COUNTS[1:5]):
+    for i, (hidden, fmt) in enumerate(sizes(world)):
+        for j, pattern in enumerate(COUNTS if hidden < 16384 else COUNTS[:5]):
             counts = counts_of(pattern, world)
             route = routing(hidden, favour=8 * (i % 8) if j % 3 == 0 else None)
             got = pushed(rows(counts[rank], hidden, rank), route, fmt, counts, name)
@@ -96,6 +124,7 @@ def numbers(rank: int, world: int) -> list[str]:
 @pytest.mark.parametrize("world", WORLDS)
 def test_numbers(world):
     """Bit for bit, from a workspace full of NaN."""
+    compiled(world)
     assert ranks.run_ranks(numbers, world, world, timeout_s=400) == [[] for _ in range(world)]
 
 
@@ -113,7 +142,7 @@ def block(rank: int, world: int, fmt: str, counts: list[int], name: str, favour:
 
 def whole(rank: int, world: int) -> list[str]:
     name, wrong = connect(), []
-    for fmt in ("bf16", "fp8_block", "nvfp4"):
+    for fmt in WHOLE:
         for j, pattern in enumerate(((5, 5), (0, 9), (1, 0), (130, 3))):
             args = block(rank, world, fmt, counts_of(pattern, world), name, favour=0 if j == 1 else None)
             backends = {b.name: b for b in expert_parallel.candidates(*args)[0]}
@@ -124,6 +153,7 @@ def whole(rank: int, world: int) -> list[str]:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_all_of_it_has_the_reference_s_bits(world):
+    compiled(world)
     assert ranks.run_ranks(whole, world, world, timeout_s=300) == [[] for _ in range(world)]
 
 
