@@ -161,6 +161,14 @@ def _scrubbed(x):
                                      dtype=x.dtype, is_pure=True, pack=2)
 
 
+@triton.jit
+def _halves(words, T: tl.constexpr):
+    """int32 (n,) as (2 n,) of a 16-bit dtype."""
+    low, high = tl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(tl.int16, tl.int16),
+                                         is_pure=True, pack=1)
+    return tl.reshape(tl.join(low, high), (2 * words.shape[0],)).to(T, bitcast=True)
+
+
 # ---- quantization: the formulas of formats/, bit for bit ----
 
 
@@ -450,36 +458,40 @@ def _push_words(like, mine, row, at, half, data, nbytes, rank, rows, SIZE: tl.co
 
 
 @triton.jit
-def _absent(row, half, data, nbytes, rank, rows, sign, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr,
-            WORLD: tl.constexpr, SLOT: tl.constexpr):
-    """0 once every word of the row has come from the peers FIRST to END - 1 behind this rank; the same in all threads. Else the
-    largest `sign` of the threads that miss one."""
+def _look(row, half, data, nbytes, rank, rows, sign, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr,
+          WORLD: tl.constexpr, SLOT: tl.constexpr):
+    """(0 once every word of the row has come from the peers FIRST to END - 1 behind this rank, the same in all threads, else the
+    largest `sign` of the threads that miss one; the words of the last of these peers)."""
     at = tl.arange(0, BLOCK // 2)
     absent = tl.zeros(at.shape, tl.int1)
     for i in tl.static_range(FIRST, END):
         of = data[0] + half * nbytes + ((rank + i) % WORLD * rows + row) * (SLOT * 2)
-        word = tl.load(_ints(of) + at, mask=_below(at, SLOT // 2, BLOCK // 2), other=0, volatile=True)
-        absent = absent | (word == -1)
-    return tl.max(tl.where(absent, sign, 0), 0)
+        words = tl.load(_ints(of) + at, mask=_below(at, SLOT // 2, BLOCK // 2), other=0, volatile=True)
+        absent = absent | (words == -1)
+    return tl.max(tl.where(absent, sign, 0), 0), words
 
 
 @triton.jit
 def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, rows, BLOCK: tl.constexpr, WORLD: tl.constexpr,
                    SLOT: tl.constexpr):
-    """Wait until the row of every peer has come. All threads leave together, and what any of them saw, all may read."""
+    """Wait until the row of every peer has come; the words of the last peer. All threads leave together, and what any of them saw,
+    all may read."""
     absent, looks = 1, 0
+    words = tl.zeros((BLOCK // 2,), tl.int32)
     while (absent != 0) & (looks < _LOOKS):
-        absent = _absent(row, half, data, nbytes, rank, rows, 1, 1, WORLD, BLOCK, WORLD, SLOT)
+        absent, words = _look(row, half, data, nbytes, rank, rows, 1, 1, WORLD, BLOCK, WORLD, SLOT)
         looks += 1
     if absent != 0:
         start = globaltimer()
         while absent == 1:  # clocks differ among threads: 2 once it is too late for one that misses a word
             late = tl.where(globaltimer() - start > limit_ns, 2, 1)
-            absent = _absent(row, half, data, nbytes, rank, rows, late, 1, WORLD, BLOCK, WORLD, SLOT)
+            absent, words = _look(row, half, data, nbytes, rank, rows, late, 1, WORLD, BLOCK, WORLD, SLOT)
         if absent == 2:
             for i in tl.static_range(1, WORLD):
-                if _absent(row, half, data, nbytes, rank, rows, 1, i, i + 1, BLOCK, WORLD, SLOT) != 0:
+                missing, _ = _look(row, half, data, nbytes, rank, rows, 1, i, i + 1, BLOCK, WORLD, SLOT)
+                if missing != 0:
                     _end_late(data[0], epoch, row, (rank + i) % WORLD, -1, report, op, limit_ns)
+    return words
 
 
 @triton.jit
@@ -559,10 +571,15 @@ def one_shot_few(
     if CLEAR:
         _clear_words((turn + 2) % 3, used, peer_words, nbytes, rank, N // 2, WORLD)
     if WAIT:
-        _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
-    if PARTS > 1:
+        words = _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
+    if WAIT and WORLD == 2:  # they are in registers already
+        summed_all = _plus(mine_all if PARTS > 1 else mine, _halves(words, x.dtype.element_ty))
+    elif PARTS > 1:
         summed_all = _sum(own, mine_all, row, whole, whole_inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
-    summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+    if WAIT and WORLD == 2 and PARTS == 1:
+        summed = summed_all
+    else:
+        summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
     if HAS_RESIDUAL:
         summed = _plus(before, summed)
         if PARTS > 1:
