@@ -129,7 +129,8 @@ def in_one_kernel(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biase
     weights = [ws[i * n:(i + 1) * n] for i in range(len(biases))]
     config = gemm.configure(x[0], [w[0] for w in weights], space.world_size, "gather")
     gemm.load(config)
-    units = -(-rows // gemm.UNIT)
+    unit = gemm.unit(rows, gemm.programs(x[0].device))
+    units = -(-rows // unit)
     t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), space.world_size * units)
     full = _gathered(t, x)
     for i in range(0, len(weights), gemm.MAX_WEIGHTS):
@@ -137,7 +138,7 @@ def in_one_kernel(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biase
         call = gemm.call(x, full[0].data_ptr(), full[-1].data_ptr(), params, weights[some], biases[some], out[some], fmt,
                          space.world_size, space.rank)
         gemm.watch(call, t)
-        call.begins, call.gate = int(i == 0), int(wait)
+        call.begins, call.gate, call.unit = int(i == 0), int(wait), unit
         for peer in t.ranks[1:]:
             slots = _slots(t, x, t.slot(peer), peer)
             call.rows_to[peer], call.scales_to[peer] = slots[0].data_ptr(), slots[-1].data_ptr()

@@ -8,29 +8,31 @@
 //   BN         columns of a tile, a multiple of 32
 //   STAGES     depth of the pipeline
 //   IN, OUT    buffers of each warpgroup for pieces of partial sums that come (0 unless REDUCE), and of what it made
+//   TURNS      the two warpgroups that multiply take tiles in turns, so that one stores what it made while the other multiplies;
+//              else each has half of a tile's rows, and tiles can be larger
 //   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
 //   GATHER, REDUCE  all_gather_matmul, matmul_reduce_scatter; neither: a plain product
 //   BUFFERS    of 4 KiB, through which GATHER sends
 //   mma(acc, a, b, add)  one wgmma of 64 x BN x 32 bytes, onto acc if `add`
 //
 // Roles, by warpgroup: 0 moves (warp 0: tiles of x and w come; warps 1 and 2: what warpgroups 1 and 2 made goes; warp 3 begins
-// the transfer, then GATHER: this rank's rows go, REDUCE: the peers' partial sums come); 1 and 2 multiply, rows 0-63 and 64-127
-// of a tile. Rows of different ranks never share a tile.
+// the transfer, then GATHER: this rank's rows go, REDUCE: the peers' partial sums come); 1 and 2 multiply: rows 0-63 and 64-127
+// of a tile, or with TURNS all of every second tile. Rows of different ranks never share a tile.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cstdint>
 
 constexpr int MAX_WORLD = 8, MAX_WEIGHTS = 4;
-constexpr int BM = 128;         // rows of a tile
+constexpr int BM = 128;         // rows of a tile, in blocks of 64: what wgmma multiplies
+constexpr int BLOCKS = TURNS ? 2 : 1;     // of a tile, that a warpgroup multiplies
 constexpr int ROW = 128;        // bytes of k in a tile: what a 128-byte swizzle spans
 constexpr int BK = FP8 ? ROW : ROW / 2;
 constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PIECE = BN % 64 ? 32 : 64;  // columns that a warpgroup stores at once
 constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2;
 constexpr int BUFFER = 4096;    // bytes
-constexpr int UNIT = 8;         // rows that are sent under one flag
-constexpr int BARRIERS = 2 * STAGES + 4 * (IN + OUT) + BUFFERS + 2;  // and room for the epoch
+constexpr int BARRIERS = 2 * STAGES + 4 * (IN + OUT) + BUFFERS + 4;  // and room for the epoch
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * (IN + OUT) * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS;
 constexpr int GROUP = 8;        // tiles of rows (of CLUSTER * BM) that take turns before the next columns: for the L2 cache
 constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a report and end the process
@@ -49,8 +51,8 @@ struct Params {
     const char* rows;                  //   from here, `stride` bytes apart
     int64_t stride;
     int row_bytes;
-    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: 2 for each tile
-    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: [2 * (source * tiles of a shard + tile) + warpgroup]
+    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: 2 for each tile, by block
+    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: [2 * (source * tiles of a shard + tile) + block]
     const int* epoch;
     int *entered_to[MAX_WORLD], *last; // what begins a transfer, see triton/transfer.py
     unsigned long long* state;
@@ -59,6 +61,7 @@ struct Params {
     int n[MAX_WEIGHTS], n_tiles[MAX_WEIGHTS];
     int weights, world, rank, m, k_blocks, row_scales;  // row_scales: one for each row and each column
     int begins, gate, half, loopback, op;  // GATHER: this launch begins the transfer and sends; it waits
+    int unit;                              //   rows that are sent under one flag, at most 8
 };
 
 // ---- barriers, flags, copies ----
@@ -160,8 +163,8 @@ __device__ __forceinline__ void store_buffer(void* to, uint32_t from, int bytes)
 // One thread of each program sends units of rows to all peers, through buffers in shared memory, and then their flags.
 __device__ void send(const Params& p, uint32_t buffers, uint32_t bars, int epoch) {
     uint32_t loads = 0;  // of all units: load i went to buffer i % BUFFERS
-    for (int unit = blockIdx.x; unit * UNIT < p.m; unit += gridDim.x) {
-        const int row = unit * UNIT, rows = min(UNIT, p.m - row), pieces = (p.row_bytes + BUFFER - 1) / BUFFER;
+    for (int unit = blockIdx.x; unit * p.unit < p.m; unit += gridDim.x) {
+        const int row = unit * p.unit, rows = min(p.unit, p.m - row), pieces = (p.row_bytes + BUFFER - 1) / BUFFER;
         const uint32_t first = loads;
         auto bytes = [&](int i) { return min(BUFFER, p.row_bytes - i % pieces * BUFFER); };
         auto offset = [&](int i) { return (int64_t)(i % pieces) * BUFFER; };
@@ -205,13 +208,25 @@ struct Tile { int shard, row, weight, column, index; };  // row: of the shard, t
 
 __device__ __forceinline__ int tiles_of_rows(const Params& p) { return (p.m + BM * CLUSTER - 1) / (BM * CLUSTER); }
 
-__device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, int program) {
-    int s = t / (tm * tn), r = t % (tm * tn);
+// Tile t of all, of tm * tn for each shard, of which `step` are under way at once. A plain product and GATHER: this rank's own
+// first, while the others' rows fly. REDUCE: its own in the order in which the peers send their part of them, but later, by all
+// that are under way at once, and the others' between them, so that there is something to send from the start to near the end.
+__device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, int step, int program) {
+    const int each = tm * tn, peers = p.world - 1;
+    int s = t / each, r = t % each;
+    if (REDUCE && peers) {
+        const int ahead = min((1 + TURNS) * step / peers + 1, each), turn = t - ahead * peers, turns = each - ahead;  // turns: one own, then each peer's
+        int u = turn < 0 ? t : -1;  // which of the others'
+        if (turn >= turns * p.world) r = turns + turn - turns * p.world;
+        else if (turn >= 0 && turn % p.world == 0) r = turn / p.world;
+        else if (turn >= 0) u = ahead * peers + turn / p.world * peers + turn % p.world - 1;
+        s = u < 0 ? 0 : 1 + u % peers;
+        if (u >= 0) r = u / peers;
+    }
     int first = r / (GROUP * tn) * GROUP, rows = min(tm - first, GROUP), in = r % (GROUP * tn);
     int pm = first + in % rows, pn = in / rows;
     Tile tile;
-    // GATE: own rows while the others fly; REDUCE: own rows last, while the others' partial sums fly here
-    tile.shard = (p.rank + s + REDUCE) % p.world;
+    tile.shard = (p.rank + s) % p.world;
     tile.row = (pm * CLUSTER + program) * BM;
     tile.weight = 0;
     tile.index = (pm * tn + pn) * CLUSTER + program;
@@ -259,7 +274,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
     auto out_empty = [&](int wg, int i) { return rings + 8 * (4 * IN + (2 + wg) * OUT + i); };
     auto in_at = [&](int wg, int i) { return pieces + (wg * IN + i) * PIECE_BYTES; };
     auto out_at = [&](int wg, int i) { return pieces + (2 * IN + wg * OUT + i) * PIECE_BYTES; };
-    const uint32_t sent = rings + 8 * 4 * (IN + OUT);
+    const uint32_t sent = rings + 8 * 4 * (IN + OUT), go = sent + 8 * BUFFERS;  // go: for each warpgroup, see TURNS below
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int program = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
@@ -269,9 +284,10 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
     const int total = p.world * tm * tn, step = gridDim.x / CLUSTER;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) barrier_init(full(s), 1), barrier_init(empty(s), 2 * CLUSTER);
+        for (int s = 0; s < STAGES; s++) barrier_init(full(s), 1), barrier_init(empty(s), (TURNS ? 1 : 2) * CLUSTER);
         for (int i = 0; i < 4 * (IN + OUT); i++) barrier_init(rings + 8 * i, 1);
         for (int i = 0; i < BUFFERS; i++) barrier_init(sent + 8 * i, 1);
+        for (int wg = 0; wg < 2; wg++) barrier_init(go + 8 * wg, 1);
         barrier_init(begun, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -285,12 +301,12 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
             int stage = 0;
             uint32_t parity = 1;  // the first wait for a fresh stage passes
             for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
-                const Tile tile = tile_at(p, t, tm, tn, program);
+                const Tile tile = tile_at(p, t, tm, tn, step, program);
                 const bool own = !REDUCE && tile.shard == p.rank;
                 if (GATHER && p.gate && !own) {
                     if (epoch == 0) epoch = p.begins ? epoch_begun() : *p.epoch;
-                    const int unit = tile.row / UNIT + lane, units = (p.m + UNIT - 1) / UNIT;
-                    if (lane < BM / UNIT && unit < units)
+                    const int units = (p.m + p.unit - 1) / p.unit, end = min(units, (tile.row + BM) / p.unit);
+                    for (int unit = tile.row / p.unit + lane; unit < end; unit += 32)
                         wait_flag(p, p.flags + tile.shard * units + unit, epoch, tile.shard, unit);
                     __syncwarp();
                 }
@@ -313,23 +329,31 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         } else if ((warp == 1 || warp == 2) && lane == 0) {
             // A warpgroup that multiplies must not wait for its stores to arrive, nor for the fence before a flag.
             const int wg = warp - 1, epoch = REDUCE ? epoch_begun() : 0;  // not before the peers' halves are free
-            int out = 0;
+            int out = 0, turn = 0, before = -1;  // before: the buffer whose store is under way beside the newest
             uint32_t parity = 0;
             for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
-                const Tile tile = tile_at(p, t, tm, tn, program);
-                const bool own = tile.shard == p.rank;
-                for (int i = 0; i < PIECES; i++) {
+                if (TURNS && turn++ % 2 != wg) continue;
+                const Tile tile = tile_at(p, t, tm, tn, step, program);
+                for (int i = 0; i < BLOCKS * PIECES; i++) {
+                    const int row = tile.row + (TURNS ? i / PIECES : wg) * 64, column = tile.column + i % PIECES * PIECE;
                     barrier_wait(out_full(wg, out), parity);
-                    if (tile.row + wg * 64 < p.m && tile.column + i * PIECE < p.n[tile.weight])
-                        store_piece(p.c[REDUCE ? tile.shard : tile.weight], out_at(wg, out), tile.column + i * PIECE,
-                                    tile.row + wg * 64, REDUCE ? 0 : tile.shard);
-                    asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
-                    barrier_arrive(out_empty(wg, out));
+                    if (row < p.m && column < p.n[tile.weight])
+                        store_piece(p.c[REDUCE ? tile.shard : tile.weight], out_at(wg, out), column, row, REDUCE ? 0 : tile.shard);
+                    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                    const bool more = OUT > 1 && i + 1 < BLOCKS * PIECES;
+                    if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                    else asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+                    if (before >= 0) barrier_arrive(out_empty(wg, before));
+                    before = more ? out : -1;
+                    if (!more) barrier_arrive(out_empty(wg, out));
                     if (++out == OUT) out = 0, parity ^= 1;
                 }
-                if (REDUCE && !own)
-                    asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.sys; st.release.sys.global.b32 [%0], %1;"
-                                 :: "l"(p.flags_to[tile.shard] + 2 * tile.index + wg), "r"(epoch) : "memory");
+                if (REDUCE && tile.shard != p.rank) {
+                    asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.sys;" ::: "memory");
+                    for (int block = TURNS ? 0 : wg; block <= (TURNS ? 1 : wg); block++)
+                        asm volatile("st.release.sys.global.b32 [%0], %1;"
+                                     :: "l"(p.flags_to[tile.shard] + 2 * tile.index + block), "r"(epoch) : "memory");
+                }
             }
         } else if ((REDUCE || (GATHER && p.begins)) && warp == 3 && lane == 0) {
             const int epoch = begin(p);
@@ -338,21 +362,24 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
 #if GATHER
             send(p, buffers, sent, epoch);
 #endif
-            int in = 0;
-            uint32_t parity = 1;
+            int in[2] = {}, turn = 0;  // of each warpgroup
+            uint32_t parity[2] = {1, 1};
             for (int t = blockIdx.x / CLUSTER; REDUCE && t < total; t += step) {
-                const Tile tile = tile_at(p, t, tm, tn, program);
+                const int whose = TURNS ? turn++ % 2 : 0;
+                const Tile tile = tile_at(p, t, tm, tn, step, program);
                 if (tile.shard != p.rank) continue;
-                for (int use = 0; use < PIECES * (p.world - 1); use++) {
+                for (int use = 0; use < BLOCKS * PIECES * (p.world - 1); use++) {
                     const int i = use / (p.world - 1), peer = use % (p.world - 1), source = peer + (peer >= p.rank);
-                    for (int wg = 0; wg < 2; wg++) {
-                        barrier_wait(in_empty(wg, in), parity);
-                        if (i == 0)
-                            wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + wg, epoch, source, tile.index);
-                        barrier_expect(in_full(wg, in), PIECE_BYTES);
-                        load_tile(in_at(wg, in), p.partial, in_full(wg, in), tile.column + i * PIECE, tile.row + wg * 64, source);
+                    for (int wg = whose; wg <= (TURNS ? whose : 1); wg++) {
+                        const int block = TURNS ? i / PIECES : wg;
+                        barrier_wait(in_empty(wg, in[wg]), parity[wg]);
+                        if (i % PIECES == 0)
+                            wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + block, epoch, source, tile.index);
+                        barrier_expect(in_full(wg, in[wg]), PIECE_BYTES);
+                        load_tile(in_at(wg, in[wg]), p.partial, in_full(wg, in[wg]), tile.column + i % PIECES * PIECE,
+                                  tile.row + block * 64, source);
+                        if (++in[wg] == (IN ? IN : 1)) in[wg] = 0, parity[wg] ^= 1;
                     }
-                    if (++in == IN) in = 0, parity ^= 1;
                 }
             }
         }
@@ -360,68 +387,90 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int wg = warp / 4 - 1;
         const bool elected = threadIdx.x % 128 == 0;
-        const int own_row = warp % 4 * 16 + lane / 4;  // and that + 8, of the warpgroup's 64
-        int stage = 0, in = 0, out = 0;
-        uint32_t parity = 0, in_parity = 0, out_parity = 1;
+        const int own_row = warp % 4 * 16 + lane / 4;  // and that + 8, of a block's 64
+        int stage = 0, in = 0, out = 0, turn = 0;
+        uint32_t parity = 0, in_parity = 0, out_parity = 1, go_parity = wg ^ 1;  // warpgroup 0 begins
+        auto release = [&](int of) {
+            if (of < 0 || !elected) return;
+            if (CLUSTER == 1) barrier_arrive(empty(of));
+            else for (int i = 0; i < CLUSTER; i++) barrier_arrive_at(empty(of), i);
+        };
         for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
-            const Tile tile = tile_at(p, t, tm, tn, program);
+            if (TURNS && turn++ % 2 != wg) {
+                stage += p.k_blocks;
+                parity ^= stage / STAGES & 1;
+                stage %= STAGES;
+                continue;
+            }
+            const Tile tile = tile_at(p, t, tm, tn, step, program);
             const bool own = tile.shard == p.rank;
-            const int row = tile.row + wg * 64 + own_row;
             const float tensor_scale = FP8 && !p.row_scales ? __ldg(p.scale_own) * __ldg(p.scale_b[tile.weight]) : 1.f;
-            float acc[BN / 2];
+            float acc[BLOCKS][BN / 2];
             if (PRECISE)
-                for (int i = 0; i < BN / 2; i++) acc[i] = 0.f;
+                for (int h = 0; h < BLOCKS; h++)
+                    for (int i = 0; i < BN / 2; i++) acc[h][i] = 0.f;
             int last = -1;
+            if (TURNS) {  // not to pass by the other's uses of a stage
+                barrier_wait(go + 8 * wg, go_parity);
+                go_parity ^= 1;
+            }
             for (int kb = 0; kb < p.k_blocks; kb++) {
                 barrier_wait(full(stage), parity);
-                const uint64_t a = matrix(base + stage * STAGE_BYTES + wg * (64 * ROW));
+                const uint64_t a = matrix(base + stage * STAGE_BYTES + (TURNS ? 0 : wg * (64 * ROW)));
                 const uint64_t b = matrix(base + stage * STAGE_BYTES + A_BYTES);
+                constexpr int NEXT_BLOCK = 64 * ROW >> 4;  // of a, as `matrix` counts
                 if (PRECISE) {
-                    float sum[BN / 2];
+                    float sum[BLOCKS][BN / 2];
                     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                    mma(sum, a, b, 0);
-                    for (int i = 1; i < 4; i++) mma(sum, a + 2 * i, b + 2 * i, 1);
+                    #pragma unroll
+                    for (int h = 0; h < BLOCKS; h++)
+                        for (int i = 0; i < 4; i++) mma(sum[h], a + h * NEXT_BLOCK + 2 * i, b + 2 * i, i);
                     asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                    for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(sum[i]) :: "memory");
+                    #pragma unroll
+                    for (int h = 0; h < BLOCKS; h++)
+                        for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(sum[h][i]) :: "memory");
                     last = stage;
-                    for (int i = 0; i < BN / 2; i++) acc[i] += sum[i];
+                    #pragma unroll
+                    for (int h = 0; h < BLOCKS; h++)
+                        for (int i = 0; i < BN / 2; i++) acc[h][i] += sum[h][i];
                 } else {
                     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                    for (int i = 0; i < 4; i++) mma(acc, a + 2 * i, b + 2 * i, kb | i);
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        #pragma unroll
+                        for (int h = 0; h < BLOCKS; h++) mma(acc[h], a + h * NEXT_BLOCK + 2 * i, b + 2 * i, kb | i);
                     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                     if (kb) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 }
-                if (last >= 0 && elected) {
-                    if (CLUSTER == 1) barrier_arrive(empty(last));
-                    else for (int i = 0; i < CLUSTER; i++) barrier_arrive_at(empty(last), i);
-                }
+                release(last);
                 last = PRECISE ? -1 : stage;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
+            if (TURNS && elected) barrier_arrive(go + 8 * (wg ^ 1));
             if (!PRECISE) {
                 asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(acc[i]) :: "memory");
-                if (last >= 0 && elected) {
-                    if (CLUSTER == 1) barrier_arrive(empty(last));
-                    else for (int i = 0; i < CLUSTER; i++) barrier_arrive_at(empty(last), i);
-                }
+                #pragma unroll
+                for (int h = 0; h < BLOCKS; h++)
+                    for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(acc[h][i]) :: "memory");
+                release(last);
             }
 
             // y = acc * scale(row) * scale(column) + bias
             const int n = p.n[tile.weight];
-            float scale[2] = {tensor_scale, tensor_scale};
-            if (FP8 && p.row_scales)
-                for (int i = 0; i < 2; i++)
-                    if (row + 8 * i < p.m)  // gathered ones were written while this kernel ran: not from the L1 cache
-                        scale[i] = own && !REDUCE ? __ldg(p.scale_own + row + 8 * i)
-                                                  : __ldcg(p.scale_all + (int64_t)tile.shard * p.m + row + 8 * i);
             const __nv_bfloat16* bias = p.bias[tile.weight];
             const float* column_scale = FP8 && p.row_scales ? p.scale_b[tile.weight] : nullptr;
             #pragma unroll
-            for (int i = 0; i < PIECES; i++) {
+            for (int piece = 0; piece < BLOCKS * PIECES; piece++) {
+                const int h = piece / PIECES, i = piece % PIECES, row = tile.row + (TURNS ? h : wg) * 64 + own_row;
+                float scale[2] = {tensor_scale, tensor_scale};
+                if (FP8 && p.row_scales)
+                    for (int j = 0; j < 2; j++)
+                        if (row + 8 * j < p.m)  // gathered ones were written while this kernel ran: not from the L1 cache
+                            scale[j] = own && !REDUCE ? __ldg(p.scale_own + row + 8 * j)
+                                                      : __ldcg(p.scale_all + (int64_t)tile.shard * p.m + row + 8 * j);
                 float y[PIECE / 2];
                 #pragma unroll
-                for (int j = 0; j < PIECE / 2; j++) y[j] = acc[i * (PIECE / 2) + j] * scale[j / 2 % 2];
+                for (int j = 0; j < PIECE / 2; j++) y[j] = acc[h][i * (PIECE / 2) + j] * scale[j / 2 % 2];
                 const int first = tile.column + i * PIECE + lane % 4 * 2;
                 if (column_scale != nullptr)
                     #pragma unroll
@@ -488,7 +537,7 @@ struct Call {
     void *flags_to[MAX_WORLD], *entered_to[MAX_WORLD];
     void *flags, *epoch, *last, *state, *report;
     int64_t limit_ns, k, own_stride, all_stride, b_stride[MAX_WEIGHTS];
-    int n[MAX_WEIGHTS], weights, world, rank, m, row_scales, begins, gate, half, loopback, op, programs;
+    int n[MAX_WEIGHTS], weights, world, rank, m, row_scales, begins, gate, half, loopback, unit, op, programs;
 };
 
 typedef CUresult (*Encode)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
@@ -537,7 +586,7 @@ extern "C" int launch(const Call* call, void* stream) {
     p.weights = c.weights, p.world = c.world, p.rank = c.rank, p.m = c.m, p.k_blocks = (c.k + BK - 1) / BK;
     p.row_scales = c.row_scales, p.begins = c.begins, p.gate = c.gate, p.op = c.op;
     p.rows = (const char*)c.a_own, p.stride = c.own_stride, p.row_bytes = c.k * (FP8 ? 1 : 2);
-    p.last = (int*)c.last, p.state = (unsigned long long*)c.state, p.half = c.half, p.loopback = c.loopback;
+    p.last = (int*)c.last, p.state = (unsigned long long*)c.state, p.half = c.half, p.loopback = c.loopback, p.unit = c.unit;
     for (int r = 0; r < c.world && r < MAX_WORLD; r++) {
         p.rows_to[r] = (char*)c.rows_to[r], p.scales_to[r] = (float*)c.scales_to[r];
         p.flags_to[r] = (int*)c.flags_to[r], p.entered_to[r] = (int*)c.entered_to[r];

@@ -21,7 +21,8 @@ from ..transfer import Transfer
 from ..workspace import op_number
 
 MAX_WORLD, MAX_WEIGHTS = 8, 4
-ROWS, UNIT = 128, 8  # of a tile, and under one flag
+ROWS = 128  # of a tile
+MOST_UNIT = 8  # rows under one flag
 SHARED_BYTES = 232448  # that one program can have on sm_90
 _SOURCE = Path(__file__).with_name("gemm.cu")
 _loaded: dict[Config, Callable[..., int]] = {}
@@ -36,6 +37,7 @@ class Config:
     cluster: int = 2
     mode: str = "plain"  # or "gather", "reduce"
     precise: bool = False
+    turns: bool = False
 
     def defines(self) -> dict[str, int]:
         piece_bytes = 64 * (32 if self.columns % 64 else 64) * 2
@@ -43,19 +45,26 @@ class Config:
         room = SHARED_BYTES - 2048  # but for alignment and barriers
         buffers = 4 if self.mode == "gather" else 0
         room -= buffers * 4096
-        spare = room - (3 if self.columns == 256 else 4) * stage_bytes
+        spare = room - (3 if self.columns == 256 else 5 if self.turns and self.columns < 192 else 4) * stage_bytes
         pieces = max(2, min(6 if self.mode == "reduce" else 4, spare // (2 * piece_bytes)))
         out = 2 if self.mode == "reduce" and pieces > 2 else pieces - (self.mode == "reduce")
         stages = min(8, (room - 2 * pieces * piece_bytes) // stage_bytes)
-        return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "BN": self.columns, "STAGES": stages, "IN": pieces - out,
-                "OUT": out, "BUFFERS": buffers, "CLUSTER": self.cluster, "GATHER": int(self.mode == "gather"),
-                "REDUCE": int(self.mode == "reduce")}
+        return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "TURNS": int(self.turns), "BN": self.columns,
+                "STAGES": stages, "IN": pieces - out, "OUT": out, "BUFFERS": buffers, "CLUSTER": self.cluster,
+                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce")}
+
+    def possible(self) -> bool:
+        """Whether a tile's sums fit the registers, beside what else is there; the tensor core's own take as many again. Pieces of
+        32 columns would make adding the peers' partial sums slow."""
+        registers = self.columns * (2 if self.turns else 1) // 2 * (2 if self.precise else 1)
+        return (registers <= (192 if self.turns and self.mode != "reduce" else 128) and self.fp8 >= self.precise
+                and (self.mode != "reduce" or self.columns % 64 == 0))
 
 
 # For the choice of a tile, from measurements on an H200: a tile takes (columns + TILE_COLUMNS) * bytes of k * COLUMN_BYTE_US, and
 # a rank that sends and receives in the same wave waits EXCHANGE_US for its peers' partial sums.
-TILE_COLUMNS, COLUMN_BYTE_US, EXCHANGE_US = 24, 2.1e-5, 6.0
-COLUMNS = (96, 128, 160, 192, 224, 256)  # multiples of 32, so that a piece of 32 or 64 columns divides them
+TILE_COLUMNS, TURN_COLUMNS, COLUMN_BYTE_US, EXCHANGE_US = 24, 8, 2.1e-5, 6.0
+COLUMNS = (64, 96, 128, 160, 192, 224, 256)  # multiples of 32, so that a piece of 32 or 64 columns divides them
 
 
 class Call(ctypes.Structure):
@@ -71,7 +80,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("limit_ns", "k", "own_stride", "all_stride")),
         ("b_stride", ctypes.c_int64 * MAX_WEIGHTS), ("n", ctypes.c_int * MAX_WEIGHTS),
         *((name, ctypes.c_int) for name in ("weights", "world", "rank", "m", "row_scales", "begins", "gate", "half", "loopback",
-                                            "op", "programs")),
+                                            "unit", "op", "programs")),
     ]
 
 
@@ -88,12 +97,18 @@ def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, pr
     def us(config: Config) -> float:
         count = world * sum(tiles(config, m, n) for n in ns) // config.cluster
         waves = -(-count // (programs // config.cluster))
-        alone = waves * (config.columns + TILE_COLUMNS) * k_bytes * COLUMN_BYTE_US
+        over = (TURN_COLUMNS, TILE_COLUMNS) if config.turns else (TILE_COLUMNS, 0)
+        alone = (waves * (config.columns + over[0]) + over[1]) * k_bytes * COLUMN_BYTE_US
         return alone + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 
-    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise) for columns in COLUMNS
-             if not (precise and columns > 128) and not (mode == "reduce" and columns % 64)]  # pieces of 32 would cost more
+    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise, turns) for columns in COLUMNS for turns in (False, True)]
+    tried = [config for config in tried if config.possible()]
     return min(tried, key=us)
+
+
+def unit(rows: int, programs: int) -> int:
+    """How many of a rank's rows go under one flag: as few as let every program send, a power of two."""
+    return next((n for n in (1, 2, 4) if rows <= n * programs), MOST_UNIT)
 
 
 def tiles(config: Config, m: int, n: int) -> int:
