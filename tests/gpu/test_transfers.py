@@ -326,11 +326,11 @@ def test_a_kernel_first_met_in_a_capture_is_refused(monkeypatch):
     monkeypatch.setattr(gemm, "_loaded", {})
     g = group.loopback_group(2)
     workspace.open(g.name, 1 << 20)
-    x, w = [rows(40, 512)], [rows(160, 512).contiguous()]
+    x, w, unseen = [rows(40, 512)], [rows(160, 512).contiguous()], [rows(7, 96)]
     with pytest.raises(FusewireError, match="while a CUDA graph is captured; run the model once before the capture"), \
             torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.ops.fusewire.all_gather_matmul.gated(x, [], w, [None], "bf16", torch.bfloat16, g.name)
     with pytest.raises(FusewireError, match="kernel push would be compiled while a CUDA graph is captured"), \
             torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.ops.fusewire.all_gather_matmul.push([rows(7, 96)], [], w, [None], "bf16", torch.bfloat16, g.name)
+        torch.ops.fusewire.all_gather_matmul.push(unseen, [], w, [None], "bf16", torch.bfloat16, g.name)
     group.close(g)

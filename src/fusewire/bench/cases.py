@@ -83,25 +83,27 @@ def params(fmt: str, device: torch.device) -> list[Tensor]:
 
 
 def inputs(case: Case, version: int, device: torch.device) -> tuple:
-    """The op's arguments: random, other ones for each rank and version. On the meta device only shapes."""
-    g = torch.Generator(device=device if device.type == "cuda" else "cpu")
+    """The op's arguments: random, other ones for each version and, of what is not replicated, each rank. On the meta device only
+    shapes."""
+    g, same = (torch.Generator(device=device if device.type == "cuda" else "cpu") for _ in range(2))
     g.manual_seed(7919 * case.group.rank() + version)
+    same.manual_seed(version + 15485863)
 
-    def random(m: int, k: int) -> Tensor:
+    def random(m: int, k: int, from_: torch.Generator = g) -> Tensor:
         if device.type == "meta":
             return torch.empty(m, k, dtype=torch.bfloat16, device=device)
-        return torch.randn(m, k, generator=g, device=device, dtype=torch.bfloat16)
+        return torch.randn(m, k, generator=from_, device=device, dtype=torch.bfloat16)
 
     static, f = params(case.fmt, device), formats.get(case.fmt)
     if case.op.name == NORM:
-        weight = random(1, case.N)[0].sigmoid() + 0.5
-        return (random(case.M, case.N), random(case.M, case.N), weight, 1e-6, 0.0, False, static, case.fmt, case.fmt == "bf16",
+        weight = random(1, case.N, same)[0].sigmoid() + 0.5
+        return (random(case.M, case.N), random(case.M, case.N, same), weight, 1e-6, 0.0, False, static, case.fmt, case.fmt == "bf16",
                 case.group.name)
     heavy = device.type == "cuda" and case.K * case.N > ROTATED_BYTES // WEIGHTS
     w = _weight(case.fmt, case.N, case.K, device, case.group.rank(), version % (2 if heavy else WEIGHTS))
     m = case.M if case.op.name == SCATTER else case.M // case.group.world_size
     if case.op.name == BOUNDARY:
-        weight = random(1, case.K)[0].sigmoid() + 0.5
+        weight = random(1, case.K, same)[0].sigmoid() + 0.5
         return (random(m, case.K), random(m, case.K), weight, 1e-6, 0.0, False, False, static, w, [None], case.fmt, torch.bfloat16,
                 case.group.name)
     x = f.quantize(random(m, case.K), static)
