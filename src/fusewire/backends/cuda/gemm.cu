@@ -30,7 +30,7 @@ constexpr int ROW = 128;        // bytes of k in a tile: what a 128-byte swizzle
 constexpr int BK = FP8 ? ROW : ROW / 2;
 constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PIECE = BN % 64 ? 32 : 64;  // columns that a warpgroup stores at once
-constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2;
+constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2, UNITS = PIECE / 8;  // units of 16 bytes in a row of a piece
 constexpr int BUFFER = 4096;    // bytes
 constexpr int BARRIERS = 2 * STAGES + 4 * (IN + OUT) + BUFFERS + 4;  // and room for the epoch
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * (IN + OUT) * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS;
@@ -40,8 +40,9 @@ constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a r
 struct Params {
     CUtensorMap a_own, a_all;          // (1, m, k) and (world, m, k): this rank's rows of x, and all of them
     CUtensorMap b[MAX_WEIGHTS];        // (n, k)
-    CUtensorMap c[MAX_WORLD];          // plain: (world, m, n) of each weight; REDUCE: (1, m, n) on the owner of the rows
+    CUtensorMap c[MAX_WEIGHTS];        // (world, m, n) of each weight; REDUCE: (1, m, n) of this rank's rows
     CUtensorMap partial;               // REDUCE: (world, m, n), what the peers sent here
+    char* partial_to[MAX_WORLD];       //   and (m, n) on each rank, where this source's go
     const float* scale_own;            // of x: one, or one for each of this rank's m rows
     const float* scale_all;            //   likewise for all rows
     const float* scale_b[MAX_WEIGHTS]; // of w: one, or one for each of n columns
@@ -155,49 +156,61 @@ __device__ __forceinline__ void store_piece(const CUtensorMap& map, uint32_t fro
                  :: "l"(&map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
-__device__ __forceinline__ void store_buffer(void* to, uint32_t from, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "r"(bytes) : "memory");
+// What goes to a peer is stored by the lanes of a warp: bulk copies that wait for the wire would hold up those that feed the
+// matmul, on the same engine.
+__device__ __forceinline__ uint4 load_shared(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_global(char* to, uint4 v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Set a flag, by one lane: whoever acquires it sees what the warp stored before.
+__device__ __forceinline__ void set_flag(int* flag, int epoch) {
+    asm volatile("st.release.sys.global.b32 [%0], %1;" :: "l"(flag), "r"(epoch) : "memory");
 }
 
 #if GATHER
-// One thread of each program sends units of rows to all peers, through buffers in shared memory, and then their flags.
-__device__ void send(const Params& p, uint32_t buffers, uint32_t bars, int epoch) {
+// One warp of each program sends units of rows to all peers, through buffers in shared memory, and then their flags.
+__device__ void send(const Params& p, uint32_t buffers, uint32_t bars, int epoch, int lane) {
     uint32_t loads = 0;  // of all units: load i went to buffer i % BUFFERS
     for (int unit = blockIdx.x; unit * p.unit < p.m; unit += gridDim.x) {
         const int row = unit * p.unit, rows = min(p.unit, p.m - row), pieces = (p.row_bytes + BUFFER - 1) / BUFFER;
         const uint32_t first = loads;
         auto bytes = [&](int i) { return min(BUFFER, p.row_bytes - i % pieces * BUFFER); };
-        auto offset = [&](int i) { return (int64_t)(i % pieces) * BUFFER; };
         auto load = [&](int i) {
             const uint32_t at = (first + i) % BUFFERS;
-            barrier_expect(bars + 8 * at, bytes(i));
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         :: "r"(buffers + at * BUFFER), "l"(p.rows + (row + i / pieces) * p.stride + offset(i)), "r"(bytes(i)),
-                            "r"(bars + 8 * at) : "memory");
+            if (lane == 0) {
+                barrier_expect(bars + 8 * at, bytes(i));
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             :: "r"(buffers + at * BUFFER), "l"(p.rows + (row + i / pieces) * p.stride + i % pieces * BUFFER),
+                                "r"(bytes(i)), "r"(bars + 8 * at) : "memory");
+            }
             loads++;
         };
         const int total = rows * pieces;
-        for (int i = 0; i < min(BUFFERS - 1, total); i++) load(i);
+        for (int i = 0; i < min(BUFFERS, total); i++) load(i);
         for (int i = 0; i < total; i++) {
-            const uint32_t n = first + i;
+            const uint32_t n = first + i, from = buffers + n % BUFFERS * BUFFER;
+            const int64_t to = (int64_t)(row + i / pieces) * p.row_bytes + i % pieces * BUFFER;
             barrier_wait(bars + 8 * (n % BUFFERS), n / BUFFERS & 1);
-            for (int r = 0; r < p.world; r++)
-                if (r != p.rank)
-                    store_buffer(p.rows_to[r] + (int64_t)(row + i / pieces) * p.row_bytes + offset(i), buffers + n % BUFFERS * BUFFER,
-                                 bytes(i));
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-            if (i + BUFFERS - 1 < total) {
-                asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");  // what was in the buffer has left it
-                load(i + BUFFERS - 1);
-            }
-        }
-        if (p.row_scales)
-            for (int i = 0; i < rows; i++)
+            #pragma unroll 4
+            for (int at = lane * 16; at < bytes(i); at += 32 * 16) {
+                const uint4 v = load_shared(from + at);
                 for (int r = 0; r < p.world; r++)
-                    if (r != p.rank) *(volatile float*)(p.scales_to[r] + row + i) = p.scale_own[row + i];
-        asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.sys;" ::: "memory");
-        for (int r = 0; r < p.world; r++)
-            if (r != p.rank) asm volatile("st.release.sys.global.b32 [%0], %1;" :: "l"(p.flags_to[r] + unit), "r"(epoch) : "memory");
+                    if (r != p.rank) store_global(p.rows_to[r] + to + at, v);
+            }
+            __syncwarp();
+            if (i + BUFFERS < total) load(i + BUFFERS);
+        }
+        if (p.row_scales && lane < rows)
+            for (int r = 0; r < p.world; r++)
+                if (r != p.rank) *(volatile float*)(p.scales_to[r] + row + lane) = p.scale_own[row + lane];
+        __syncwarp();
+        if (lane == 0)
+            for (int r = 0; r < p.world; r++)
+                if (r != p.rank) set_flag(p.flags_to[r] + unit, epoch);
     }
 }
 #endif
@@ -215,8 +228,9 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, 
     const int each = tm * tn, peers = p.world - 1;
     int s = t / each, r = t % each;
     if (REDUCE && peers) {
-        const int ahead = min((1 + TURNS) * step / peers + 1, each), turn = t - ahead * peers, turns = each - ahead;  // turns: one own, then each peer's
-        int u = turn < 0 ? t : -1;  // which of the others'
+        const int ahead = min((2 + TURNS) * step / (2 * peers) + 1, each), turn = t - ahead * peers;
+        const int turns = each - ahead;  // of one own, then each peer's
+        int u = turn < 0 ? t : -1;       // which of the others'
         if (turn >= turns * p.world) r = turns + turn - turns * p.world;
         else if (turn >= 0 && turn % p.world == 0) r = turn / p.world;
         else if (turn >= 0) u = ahead * peers + turn / p.world * peers + turn % p.world - 1;
@@ -326,7 +340,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                 }
                 __syncwarp();
             }
-        } else if ((warp == 1 || warp == 2) && lane == 0) {
+        } else if (warp == 1 || warp == 2) {
             // A warpgroup that multiplies must not wait for its stores to arrive, nor for the fence before a flag.
             const int wg = warp - 1, epoch = REDUCE ? epoch_begun() : 0;  // not before the peers' halves are free
             int out = 0, turn = 0, before = -1;  // before: the buffer whose store is under way beside the newest
@@ -334,37 +348,51 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
             for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
                 if (TURNS && turn++ % 2 != wg) continue;
                 const Tile tile = tile_at(p, t, tm, tn, step, program);
+                const bool away = REDUCE && tile.shard != p.rank;
                 for (int i = 0; i < BLOCKS * PIECES; i++) {
                     const int row = tile.row + (TURNS ? i / PIECES : wg) * 64, column = tile.column + i % PIECES * PIECE;
                     barrier_wait(out_full(wg, out), parity);
-                    if (row < p.m && column < p.n[tile.weight])
-                        store_piece(p.c[REDUCE ? tile.shard : tile.weight], out_at(wg, out), column, row, REDUCE ? 0 : tile.shard);
-                    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-                    const bool more = OUT > 1 && i + 1 < BLOCKS * PIECES;
-                    if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-                    else asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-                    if (before >= 0) barrier_arrive(out_empty(wg, before));
-                    before = more ? out : -1;
-                    if (!more) barrier_arrive(out_empty(wg, out));
+                    if (away) {
+                        const int n = p.n[0], unit = lane % UNITS, rows = min(64, p.m - row);
+                        char* to = p.partial_to[tile.shard] + ((int64_t)row * n + column + unit * 8) * 2;
+                        #pragma unroll 4
+                        for (int r = lane / UNITS; r < rows; r += 32 / UNITS)
+                            if (column + unit * 8 < n)
+                                store_global(to + (int64_t)r * n * 2, load_shared(out_at(wg, out) + in_piece(r, unit)));
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(out_empty(wg, out));
+                    } else if (lane == 0) {
+                        if (row < p.m && column < p.n[tile.weight])
+                            store_piece(p.c[tile.weight], out_at(wg, out), column, row, REDUCE ? 0 : tile.shard);
+                        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                        const bool more = OUT > 1 && i + 1 < BLOCKS * PIECES;
+                        if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                        else asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+                        if (before >= 0) barrier_arrive(out_empty(wg, before));
+                        before = more ? out : -1;
+                        if (!more) barrier_arrive(out_empty(wg, out));
+                    }
                     if (++out == OUT) out = 0, parity ^= 1;
                 }
-                if (REDUCE && tile.shard != p.rank) {
-                    asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async; fence.acq_rel.sys;" ::: "memory");
+                if (away && lane == 0)
                     for (int block = TURNS ? 0 : wg; block <= (TURNS ? 1 : wg); block++)
-                        asm volatile("st.release.sys.global.b32 [%0], %1;"
-                                     :: "l"(p.flags_to[tile.shard] + 2 * tile.index + block), "r"(epoch) : "memory");
-                }
+                        set_flag(p.flags_to[tile.shard] + 2 * tile.index + block, epoch);
+                __syncwarp();
             }
-        } else if ((REDUCE || (GATHER && p.begins)) && warp == 3 && lane == 0) {
-            const int epoch = begin(p);
-            asm volatile("st.shared.b32 [%0], %1;" :: "r"(epoch_at), "r"(epoch) : "memory");
-            barrier_arrive(begun);
+        } else if ((REDUCE || (GATHER && p.begins)) && warp == 3) {
+            int epoch = 0;
+            if (lane == 0) {
+                epoch = begin(p);
+                asm volatile("st.shared.b32 [%0], %1;" :: "r"(epoch_at), "r"(epoch) : "memory");
+                barrier_arrive(begun);
+            }
 #if GATHER
-            send(p, buffers, sent, epoch);
+            __syncwarp();
+            send(p, buffers, sent, epoch, lane);
 #endif
             int in[2] = {}, turn = 0;  // of each warpgroup
             uint32_t parity[2] = {1, 1};
-            for (int t = blockIdx.x / CLUSTER; REDUCE && t < total; t += step) {
+            for (int t = blockIdx.x / CLUSTER; REDUCE && lane == 0 && t < total; t += step) {
                 const int whose = TURNS ? turn++ % 2 : 0;
                 const Tile tile = tile_at(p, t, tm, tn, step, program);
                 if (tile.shard != p.rank) continue;
@@ -575,9 +603,8 @@ extern "C" int launch(const Call* call, void* stream) {
         p.n[w] = c.n[w], p.n_tiles[w] = (c.n[w] + BN - 1) / BN;
     }
     if (REDUCE) {
-        for (int r = 0; r < c.world; r++) {
-            e |= describe(&p.c[r], false, 3, c.c[r], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
-        }
+        for (int r = 0; r < c.world; r++) p.partial_to[r] = (char*)c.c[r];
+        e |= describe(&p.c[0], false, 3, c.c[c.rank], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
         e |= describe(&p.partial, false, 3, c.partial, c.n[0], c.m, c.world, 2ll * c.n[0], PIECE, 64, PIECE == 64);
     }
     if (e) return 1000 + e;
