@@ -431,6 +431,28 @@ def test_under_torchrun_the_program_runs_as_it_is(tmp_path, how, texts):
         assert said.count(text) == 1, said
 
 
+THREADS = """
+import sys
+import torch
+import fusewire.bench.model, fusewire.bench.moe, fusewire.bench.ops, fusewire.cli, fusewire.engine.session, fusewire.engine.tune
+from fusewire.launch import launch
+
+def main(ctx):
+    print(torch.get_num_threads(), float(torch.ones(1 << 20, dtype=torch.bfloat16).float().mul(2).sum()), flush=True)
+
+if __name__ == "__main__":
+    sys.exit(launch(main, 2, timeout_s=20))
+"""
+
+
+def test_ranks_that_compute_with_several_threads(tmp_path):
+    """Nothing that is imported may have computed with them before the ranks are forked."""
+    (tmp_path / "program.py").write_text(THREADS)
+    env = os.environ | {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0 and done.stdout == "4 2097152.0\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_with_another_number_of_ranks_is_refused_once(monkeypatch, capfd, rank):
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():

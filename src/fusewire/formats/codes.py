@@ -7,6 +7,7 @@ Both round to nearest, ties to the even code, and saturate (OCP 8-bit floating p
 """
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -110,7 +111,12 @@ def _e2m1_values(packed: Tensor) -> Tensor:
 # held as one int64, since index_select copies single elements several times faster than rows of two.
 _BYTES = torch.arange(256, dtype=torch.uint8, device="cpu").reshape(-1, 1)
 _E2M1_PAIRS = _e2m1_values(_BYTES).view(torch.int64).reshape(-1)
-_E4M3_PAIRS = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.uint16).view(E4M3).float().view(torch.int64)
+
+
+@functools.cache
+def _e4m3_pairs() -> Tensor:
+    """Not when this is imported: so much work starts threads, and a process that is forked then, as ranks are, waits for them."""
+    return torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.uint16).view(E4M3).float().view(torch.int64)
 
 
 def _lookup(codes: Tensor, table: Tensor) -> Tensor:
@@ -132,5 +138,5 @@ def from_e2m1(packed: Tensor) -> Tensor:
 def from_e4m3(x: Tensor) -> Tensor:
     """e4m3 to float32, exactly; a new tensor, contiguous if x is. On a CPU ten times as fast as `.float()`."""
     if _on_cpu(x) and x.is_contiguous() and x.numel() % 2 == 0 and x.storage_offset() % 2 == 0:
-        return _lookup(x.detach().view(-1).view(torch.uint16), _E4M3_PAIRS).view(x.shape)
+        return _lookup(x.detach().view(-1).view(torch.uint16), _e4m3_pairs()).view(x.shape)
     return x.float()
