@@ -97,8 +97,8 @@ def inputs(case: Case, version: int, device: torch.device) -> tuple:
     static, f = params(case.fmt, device), formats.get(case.fmt)
     if case.op.name == NORM:
         weight = random(1, case.N, same)[0].sigmoid() + 0.5
-        x, residual = random(case.M, case.N), random(case.M, case.N, same)
-        return x, residual, weight, 1e-6, 0.0, False, static, case.fmt, case.fmt == "bf16", case.group.name
+        rows, residual = random(case.M, case.N), random(case.M, case.N, same)
+        return rows, residual, weight, 1e-6, 0.0, False, static, case.fmt, case.fmt == "bf16", case.group.name
     heavy = device.type == "cuda" and case.K * case.N > ROTATED_BYTES // WEIGHTS
     w = _weight(case.fmt, case.N, case.K, device, case.group.rank(), version % (2 if heavy else WEIGHTS))
     m = case.M if case.op.name == SCATTER else case.M // case.group.world_size
