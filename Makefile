@@ -16,12 +16,12 @@ export TRANSFORMERS_VERBOSITY := error
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export TQDM_DISABLE := 1
 
-.PHONY: help demo test test-long lint clean
+.PHONY: help demo test test-all lint clean
 
 help:
 	@echo "make demo       run the demo model on two ranks, in FP8 and NVFP4, fused and unfused"
 	@echo "make test       the tests"
-	@echo "make test-long  the long tests"
+	@echo "make test-all   the tests, and those that are long"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove the virtual environment and all caches"
 
@@ -35,8 +35,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest -m long --timeout 3600
+test-all: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python -m pytest -m "" --timeout 3600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ import tiny
 from fusewire.compiler.explain import Report
 from fusewire.config import Config
 from fusewire.engine.explain import explain_model
+from fusewire.group import close, fake_group
+from fusewire.models.skeleton import skeleton
 
 LLAMA_3_3_70B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
@@ -60,6 +62,13 @@ def test_llama_3_3_70b_on_eight_ranks(tmp_path, quantization):
     assert report["sites"][80]["sent_after"] == 7 * (whole * 2 // 8 + whole // 8 + 4)
 
 
+def captured_layers(folder: Path) -> list[int]:
+    group = fake_group(2)
+    found = sorted(skeleton(folder, group).stands_for)
+    close(group)
+    return found
+
+
 def same_reports(short: Report, full: Report) -> None:
     assert (short.plan, short.why, short.tokens) == (full.plan, full.why, full.tokens)
     for a, b in zip(short.sites, full.sites, strict=True):
@@ -75,26 +84,27 @@ def test_few_layers_stand_for_all_of_llama(tmp_path, plan, all_logits):
 
 
 def test_few_layers_stand_for_a_periodic_stack(tmp_path):
-    """Five layers that see a window, then one that sees all, and a rest."""
-    kinds = [*["sliding_attention"] * 5, "full_attention"] * 2
-    config = tiny.config("gemma3_text", layers=13, layer_types=[*kinds, "sliding_attention"])
+    """Two layers that see a window, then one that sees all, and a rest; five of them are captured."""
+    kinds = [*["sliding_attention"] * 2, "full_attention"] * 2
+    config = tiny.config("gemma3_text", layers=8, layer_types=[*kinds, *["sliding_attention"] * 2])
     folder = written(tmp_path / "m", config)
+    assert captured_layers(folder) == [0, 1, 2, 3, 4]
     short, full = (explain_model(folder, 2, 32, "fp8", full=f) for f in (False, True))
     same_reports(short, full)
-    assert [s.module for s in full.sites[-3:-1]] == [f"model.layers.12.{m}" for m in ("self_attn.o_proj", "mlp.down_proj")]
+    assert [s.module for s in full.sites[-3:-1]] == [f"model.layers.7.{m}" for m in ("self_attn.o_proj", "mlp.down_proj")]
 
 
-@pytest.mark.parametrize("excluded", [
-    ["model.layers.1.self_attn.o_proj", "model.layers.4.mlp.down_proj", "model.layers.4.mlp.gate_proj"],
-    ["model.layers.0", "model.layers.5"],
-    ["model.layers.3.self_attn.v_proj"],
-    [r"re:.*layers\.(2|5|8|11)\.self_attn\.[qkv]_proj"],  # periodic: here layers do stand for others
+@pytest.mark.parametrize("layers,captured,excluded", [
+    (4, 4, ["model.layers.1.self_attn.o_proj", "model.layers.3.mlp.down_proj", "model.layers.3.mlp.gate_proj"]),
+    (4, 4, ["model.layers.0", "model.layers.3"]),
+    (4, 4, ["model.layers.2.self_attn.v_proj"]),
+    (8, 5, [r"re:.*layers\.(2|5)\.self_attn\.[qkv]_proj"]),  # periodic: here layers do stand for others
 ])
-def test_few_layers_stand_for_a_stack_of_which_some_are_not_quantized(tmp_path, excluded):
-    layers = 13 if excluded[0].startswith("re:") else 6
+def test_few_layers_stand_for_a_stack_of_which_some_are_not_quantized(tmp_path, layers, captured, excluded):
     config = json.loads(tiny.config("llama", layers=layers, head_dim=64).to_json_string(use_diff=False))
     quantized = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head", *excluded]}
     folder = written(tmp_path / "m", config | {"quantization_config": quantized})
+    assert captured_layers(folder) == list(range(captured))
     short, full = (explain_model(folder, 2, 32, None, Config(plan="sharded"), full=f) for f in (False, True))
     same_reports(short, full)
     sent = [s.sent_after for s in full.sites[1:-2]]

@@ -83,8 +83,8 @@ class Counted:
         return found
 
 
-def counted_and_said(rank: int, family: str, quantization: str | None, lengths: list[int]) -> list[dict]:
-    model = fusewire.parallelize(tiny.model(family, torch.bfloat16, **SIZES), None, quantization)
+def counted_and_said(rank: int, family: str, layers: int, quantization: str | None, lengths: list[int]) -> list[dict]:
+    model = fusewire.parallelize(tiny.model(family, torch.bfloat16, layers=layers, **SIZES), None, quantization)
     compiled = fusewire.compile(model)
     counter, rows = Counted(), []
     for n in lengths:
@@ -100,12 +100,12 @@ def counted_and_said(rank: int, family: str, quantization: str | None, lengths: 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("family,quantization", [
-    ("llama", None), ("llama", "fp8"), ("llama", "fp8_token"), ("llama", "fp8_block"), ("llama", "nvfp4"), ("llama", "mxfp8"),
-    ("gemma3_text", "fp8"),
+@pytest.mark.parametrize("family,layers,quantization", [
+    *(("llama", 1, quantization) for quantization in (None, "fp8", "fp8_token", "fp8_block", "mxfp8")),
+    ("llama", 2, "nvfp4"), ("gemma3_text", 2, "fp8"),
 ])
-def test_a_real_model_sends_what_its_report_says(family, quantization):
-    for rows in run_ranks(counted_and_said, 2, family, quantization, [8, 12, 7, 1]):
+def test_a_real_model_sends_what_its_report_says(family, layers, quantization):
+    for rows in run_ranks(counted_and_said, 2, family, layers, quantization, [8, 12, 7, 1]):
         for row in rows:
             assert row["counted"] == row["said"], row
             if row["asked"] == "unfused":
