@@ -15,9 +15,10 @@ from .. import formats
 from ..ops.collectives import world_size
 from ..ops.dense import linear, matmul, relayout
 from ..ops.fused import all_gather_matmul
-from . import aten, transfer, workspace
+from . import aten, device, transfer, workspace
 from .cuda import gemm
-from .transfer import Transfer, aligned, join, on_side, prepare, why_not
+from .transfer import Transfer, join, on_side, prepare, why_not
+from .workspace import ALIGN, align
 
 BLOCK = 2048  # elements that one of its programs copies at once
 
@@ -25,7 +26,7 @@ BLOCK = 2048  # elements that one of its programs copies at once
 def nbytes(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
            group: str) -> int:
     """Bytes of the workspace: the gathered parts."""
-    return sum(aligned(world_size(group) * t.numel() * t.element_size()) for t in x)
+    return sum(align(world_size(group) * t.numel() * t.element_size(), ALIGN) for t in x)
 
 
 def _why_not(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
@@ -129,7 +130,7 @@ def in_one_kernel(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biase
     weights = [ws[i * n:(i + 1) * n] for i in range(len(biases))]
     config = gemm.configure(x[0], [w[0] for w in weights], space.world_size, "gather")
     gemm.load(config)
-    unit = gemm.unit(rows, gemm.programs(x[0].device))
+    unit = gemm.unit(rows, device.processors(x[0].device))
     units = -(-rows // unit)
     t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), space.world_size * units)
     full = _gathered(t, x)
@@ -159,7 +160,7 @@ def _copy(t: Transfer, x: list[Tensor]) -> None:
 def _starts(x: list[Tensor], world: int) -> list[int]:
     starts = [0]
     for part in x[:-1]:
-        starts.append(starts[-1] + aligned(world * part.numel() * part.element_size()))
+        starts.append(starts[-1] + align(world * part.numel() * part.element_size(), ALIGN))
     return starts
 
 

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FusewireError
 from ..group import resolve
 from ..op import Usage
 from . import device
 from .workspace import Workspace, op_number, regions
-
-ALIGN = 256  # bytes, of what lies behind one another in a half
-
-
-def aligned(nbytes: int) -> int:
-    return (nbytes + ALIGN - 1) // ALIGN * ALIGN
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,6 @@ class Transfer:
 
 
 WARPS, REGISTERS = 8, 64  # of the kernels that move data
-_warm: set[tuple] = set()
 
 
 def why_not(on: torch.device, group: str) -> str | None:
@@ -124,17 +116,13 @@ def prepare(space: Workspace, op: str, nbytes: int, flag_count: int) -> Transfer
 def most_programs(space: Workspace) -> int:
     """How many programs of `start` are on the device at once: with WARPS warps and REGISTERS registers a thread, four on each
     multiprocessor. Ranks have as many, which `workspace.open` makes sure of."""
-    return 4 * torch.cuda.get_device_properties(space.device).multi_processor_count
+    return 4 * device.processors(space.device)
 
 
 def start(kernel: Any, programs: int, t: Transfer, *args: Any, num_warps: int = WARPS, **constants: Any) -> None:
     """Launch a kernel of triton/transfer.py. One that is not compiled yet is refused while a CUDA graph is captured."""
     key = (t.op, kernel, num_warps, *sorted(constants.items()), t.space.device, *(_specialised(a) for a in args))
-    if key not in _warm:
-        if torch.cuda.is_current_stream_capturing():
-            raise FusewireError(f"{t.op}: its kernel {kernel.__name__} would be compiled while a CUDA graph is captured; run the "
-                                "model once before the capture")
-        _warm.add(key)
+    device.warm_up(key, f"{t.op}: its kernel {kernel.__name__}")
     kernel[(programs,)](*t.kernel_args(), *args, num_warps=num_warps, maxnreg=REGISTERS, **constants)
 
 

@@ -53,12 +53,13 @@ from torch import Tensor
 from .. import compat, consensus
 from .. import group as groups
 from ..errors import FusewireError, InputError, MismatchError
+from .device import processors
 
 BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
 WORD_BYTES_OF_A_RANK = 4 << 20  # of a third, at most: 256 rows of 8192 in 16 bits
 REPORT_WORDS = 8
 EXIT_CODE = 70  # of a process that a bounded wait ended
-_ALIGN = 256
+ALIGN = 256  # bytes, of what lies behind one another
 _POLL_S = 0.02
 
 _open: dict[str, Workspace] = {}
@@ -166,14 +167,14 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     if dev.index is None:
         dev = torch.device("cuda", torch.cuda.current_device())
     limit_s = limit_s or float(os.environ.get("FUSEWIRE_WAIT_LIMIT_S", "30"))
-    nbytes = -(-nbytes // _ALIGN) * _ALIGN
+    nbytes = align(nbytes, ALIGN)
     flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
     flags_end = regions(nbytes, flag_count)[-2]
     words_at = flags_end + 4 * nbytes
     word_bytes = min(nbytes, g.world_size * WORD_BYTES_OF_A_RANK)
     total = words_at + 3 * word_bytes
-    processors = torch.cuda.get_device_properties(dev).multi_processor_count  # kernels have as many programs on every rank
-    consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s, "multiprocessors": processors})
+    # kernels have as many programs on every rank
+    consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s, "multiprocessors": processors(dev)})
     with torch.cuda.device(dev):
         pg: dist.ProcessGroup | None = None
         if loopback:
@@ -226,10 +227,15 @@ def try_open(group: str, nbytes: int, device: torch.device) -> None:
         groups.workspaces[group] = f"no workspace: {why}"
 
 
+def align(nbytes: int, to: int = 16) -> int:
+    """The next multiple of `to`."""
+    return -(-nbytes // to) * to
+
+
 def regions(nbytes: int, flag_count: int) -> tuple[int, int, int, int, int]:
     """Where in the memory lie: flags of exchanges, flags of transfers, `entered`, data of exchanges, data of transfers."""
     flags = 2 * 4 * flag_count
-    return 0, flags, 2 * flags, 2 * flags + _ALIGN, 2 * flags + _ALIGN + 2 * nbytes
+    return 0, flags, 2 * flags, 2 * flags + ALIGN, 2 * flags + ALIGN + 2 * nbytes
 
 
 def devices_shared(pg: dist.ProcessGroup, device: torch.device) -> bool:

@@ -88,7 +88,7 @@ class Call(ctypes.Structure):
 def configure(x: Tensor, ws: Sequence[Tensor], world: int, mode: str = "plain") -> Config:
     """The tile for a product: the one whose last wave wastes least. x: this rank's rows, or all rows to "reduce"."""
     fp8, m = x.dtype == torch.float8_e4m3fn, x.shape[0] // (world if mode == "reduce" else 1)
-    return fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, programs(x.device), mode,
+    return fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, device.processors(x.device), mode,
                    fp8 and not aten.FAST_ACCUMULATION)
 
 
@@ -175,7 +175,7 @@ def call(x: list[Tensor], all_x: int, all_scales: int, params: list[Tensor], ws:
         c.scale_own = c.scale_all = params[0].data_ptr()
     elif fmt == "fp8_token":
         c.scale_own, c.scale_all = x[1].data_ptr(), all_scales
-    c.programs = programs(x[0].device)
+    c.programs = device.processors(x[0].device)  # one on each
     return c
 
 
@@ -243,12 +243,6 @@ def load(config: Config) -> Callable[..., int]:
                                 "captured; run the model once before the capture")
         found = _loaded[config] = ctypes.CDLL(str(build(config))).launch
     return found
-
-
-@functools.cache
-def programs(on: torch.device) -> int:
-    """How many programs run at once: one on each multiprocessor."""
-    return torch.cuda.get_device_properties(on).multi_processor_count
 
 
 def product(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str) -> Tensor:

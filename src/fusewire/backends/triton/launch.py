@@ -12,10 +12,10 @@ from ...errors import FusewireError
 from ...ops.collectives import world_size
 from ...ops.dense import linear
 from .. import device, workspace
+from ..workspace import align as align
 
 HIDDEN = range(64, 16384 + 1)
 ROWS_PER_FLAG = 128  # of gathered rows, as the kernels have it
-_warm: set[tuple] = set()
 _counters: weakref.WeakKeyDictionary[workspace.Workspace, Tensor] = weakref.WeakKeyDictionary()
 
 
@@ -43,10 +43,6 @@ def block_of(hidden: int) -> int:
     return max(128, 1 << (hidden - 1).bit_length())
 
 
-def align(nbytes: int, to: int = 16) -> int:
-    return -(-nbytes // to) * to
-
-
 def new_parts(x: Tensor, rows: int, fmt: str) -> list[Tensor]:
     """The parts of a (rows, hidden) activation, not written yet; none for bf16."""
     f = formats.get(fmt)
@@ -72,7 +68,7 @@ def row_constants(x: Tensor, residual: Tensor | None, offset: float, cast_first:
 
 
 def processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return device.processors(x.device)
 
 
 def counters(op: str, space: workspace.Workspace) -> Tensor:
@@ -96,15 +92,9 @@ def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space
     """
     constants["num_warps"] = warps
     constants["maxnreg"] = min(255, 65536 // (32 * warps * resident))
-    device = next(t.device for t in tensors if t is not None)
-    key = (op, kernel.__name__, device, *sorted(constants.items()),
+    key = (op, kernel.__name__, space.device, *sorted(constants.items()),
            *((None if t is None else (t.dtype, t.data_ptr() % 16)) for t in tensors))
-    if key not in _warm:
-        if torch.cuda.is_current_stream_capturing():
-            what = f"hidden = {constants['HIDDEN']} and {constants['FMT']}"
-            raise FusewireError(f"{op}: a kernel for {what} would be compiled while a CUDA graph is captured; run the model once "
-                                "before the capture")
-        _warm.add(key)
+    device.warm_up(key, f"{op}: a kernel for hidden = {constants['HIDDEN']} and {constants['FMT']}")
     data, flags, all_words = space.from_here
     where, nbytes = (all_words, space.word_bytes) if words else (data, space.nbytes)
     kernel[(programs,)](*tensors, where, flags, space.state, space.report, nbytes, space.flag_count, space.rank,
