@@ -53,8 +53,8 @@ def test_on_a_cpu_the_reference_runs():
 
 def test_a_report_is_a_sentence():
     none = torch.empty(0)
-    space = workspace.Workspace("tp", 1, 4, 256, 64, 256, False, torch.device("cpu"), 3.0, none, none, (), none, none, None, None,
-                                [], [], none, None, False)
+    space = workspace.Workspace("tp", 1, 4, 256, 64, 256, False, torch.device("cpu"), 3.0, (), none, none, None, [],
+                                none, None, False)
     op = workspace.op_number("all_reduce_norm_quant")
     assert workspace.op_number("all_reduce_norm_quant") == op > 0
     said = workspace.sentence(space, [op, 17, 5, 15, 2, 0, 0, 0])

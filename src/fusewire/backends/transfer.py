@@ -38,15 +38,15 @@ class Transfer:
 
     def data(self, rank: int) -> int:
         """Address of a rank's half."""
-        return self.space.bases[rank] + self._data
+        return self._base(rank) + self._data
 
     def flags(self, rank: int) -> int:
         """Address of a rank's flags, int32."""
-        return self.space.bases[rank] + self._flags
+        return self._base(rank) + self._flags
 
     def entered(self, rank: int) -> int:
         """Address of what the peers of a rank have entered, int32 by peer."""
-        return self.space.bases[rank] + regions(self.space.nbytes, self.space.flag_count)[2]
+        return self._base(rank) + regions(self.space.nbytes, self.space.flag_count)[2]
 
     def view(self, rank: int, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A part of a rank's half, from byte `start` on, as a contiguous tensor."""
@@ -60,6 +60,9 @@ class Transfer:
     def epoch(self) -> Tensor:
         """int32 (1,) on the device: this transfer's epoch, for copy engines and kernels that did not begin it."""
         return self.space.last[1, self.half:self.half + 1]
+
+    def _base(self, rank: int) -> int:
+        return self.space.memories[rank].data_ptr()
 
     @property
     def _data(self) -> int:

@@ -77,12 +77,10 @@ class Workspace:
     word_bytes  of each third of the words
     loopback    one process plays all ranks: every address below is this rank's own, and a kernel that pushes to peer p writes
                 where p's own push would have arrived
-    data        int64 (world_size,) on the device: address of each rank's data, half 0 then half 1 after `nbytes`
-    flags       int64 (world_size,) on the device: address of each rank's flags, likewise (4 * flag_count bytes a half)
-    from_here   the same two as numbers, and the words, each in the order rank, rank + 1, ..., for kernels that take them as
-                arguments
-    memories    each rank's memory, uint8: flags of exchanges and of transfers, `entered`, data of exchanges and of transfers, words
-    bases       its address
+    from_here   addresses, each in the order rank, rank + 1, ..., for kernels that take them as arguments: of each rank's data,
+                half 0 then half 1 after `nbytes`; of its flags, likewise (4 * flag_count bytes a half); of its words
+    memories    each rank's, uint8: flags of exchanges and of transfers, `entered`, data of exchanges and of transfers, words;
+                an empty list once it is closed
     last        int32 (2, 2) on the device, for each half of the transfers: its last epoch (0: none), and that for copy engines
     side        the stream on which copy engines work
     turn        the half that the next transfer takes
@@ -102,19 +100,20 @@ class Workspace:
     loopback: bool
     device: torch.device
     limit_s: float
-    data: Tensor
-    flags: Tensor
     from_here: tuple[tuple[int, ...], ...]
     state: Tensor
     report: Tensor
-    memory: Tensor | None
     process_group: dist.ProcessGroup | None
     memories: list[Tensor]
-    bases: list[int]
     last: Tensor
     side: torch.cuda.Stream
     shared_device: bool
     turn: int = 0
+
+    @property
+    def memory(self) -> Tensor:
+        """This rank's own."""
+        return self.memories[self.rank]
 
     @property
     def limit_ns(self) -> int:
@@ -182,18 +181,16 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
         else:
             pg = compat.process_group(group)
             memories = compat.symmetric_memory(total, group, dev)
-        memory, bases = memories[g.rank()], [m.data_ptr() for m in memories]
-        memory[:flags_end].zero_()
-        memory[words_at:].fill_(0xFF)
         rank = g.rank()
-        addresses = tuple(tuple(b + start for b in bases) for start in (flags_end, 0, words_at))
-        data, flags = torch.tensor(addresses[:2], dtype=torch.int64).to(dev)
+        memories[rank][:flags_end].zero_()
+        memories[rank][words_at:].fill_(0xFF)
+        bases = [m.data_ptr() for m in memories[rank:] + memories[:rank]]
         workspace = Workspace(
             group, rank, g.world_size, nbytes, flag_count, word_bytes, loopback, dev, limit_s,
-            data, flags, tuple(a[rank:] + a[:rank] for a in addresses),
+            from_here=tuple(tuple(b + start for b in bases) for start in (flags_end, 0, words_at)),
             state=torch.tensor([1 << 32, 0], device=dev),  # flags start at 0, epochs at 1
-            report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), memory=memory, process_group=pg,
-            memories=memories, bases=bases, last=torch.zeros(2, 2, dtype=torch.int32, device=dev), side=torch.cuda.Stream(dev),
+            report=torch.zeros(REPORT_WORDS, dtype=torch.int64).pin_memory(), process_group=pg,
+            memories=memories, last=torch.zeros(2, 2, dtype=torch.int32, device=dev), side=torch.cuda.Stream(dev),
             shared_device=not loopback and pg is not None and devices_shared(pg, dev),
         )
         torch.cuda.synchronize(dev)
@@ -272,7 +269,6 @@ def close(group: str) -> None:
     if (workspace := _open.pop(group, None)) is not None:
         groups.workspaces.pop(group, None)
         torch.cuda.synchronize(workspace.device)
-        workspace.memory = None
         workspace.memories = []
 
 
@@ -293,7 +289,7 @@ def sentence(workspace: Workspace, report: Sequence[int]) -> str:
 
 def _watch(workspace: Workspace) -> None:
     """End the process when a kernel reports that it waited too long: its context is lost, and its peers wait for it."""
-    while workspace.memory is not None:
+    while workspace.memories:
         if workspace.report[0] != 0:
             time.sleep(_POLL_S)  # the first word is written last, but by another device
             print(f"fusewire: {sentence(workspace, workspace.report.tolist())}", file=sys.stderr, flush=True)
