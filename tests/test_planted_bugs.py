@@ -267,10 +267,10 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "a sum starts with this rank": (
         collectives, "_sum_of_chunks", (".view(g.world_size, -1)", ".view(g.world_size, -1).roll(-g.rank(), 0)")),
     "a rank is left out of the sum": (collectives, "_sum_of_chunks", ("chunks[1:]", "chunks[2:]")),
-    "gather and matmul: one weight for all": (fused, "all_gather_matmul", ("ws[i * n:(i + 1) * n]", "ws[:n]")),
-    "gather and matmul: bias lost": (fused, "all_gather_matmul", ("b, fmt, dtype) for", "None, fmt, dtype) for")),
+    "gather and matmul: one weight for all": (dense, "split_weights", ("ws[i:i + n]", "ws[:n]")),
+    "gather and matmul: bias lost": (dense, "matmuls", ("b, fmt, dtype) for", "None, fmt, dtype) for")),
     "matmul and scatter: bias lost": (fused, "matmul_reduce_scatter", ("w, bias, fmt", "w, None, fmt")),
-    "swizzled scales not made after the gather": (fused, "all_gather_matmul", ('if f.layout != "linear"', "if False")),
+    "swizzled scales not made after the gather": (dense, "matmuls_of_linear", ('if f.layout != "linear"', "if False")),
     "eps is a constant": (fused, "all_reduce_norm_quant", ("weight, eps, offset", "weight, 1e-5, offset")),
     "offset dropped": (fused, "all_reduce_norm_quant", ("eps, offset, cast_first)\n", "eps, 0.0, cast_first)\n")),
     "cast_first ignored": (fused, "all_reduce_norm_quant", ("offset, cast_first)\n", "offset, False)\n")),

@@ -1,19 +1,17 @@
 """all_gather_matmul over a workspace: small batches push and then multiply, large ones do both at once.
 
 push         one small kernel stores the rows to every rank, then the matmul op's own backend runs: any format
-copy_engine  copy engines push while this rank's own rows are multiplied, then those of each peer: any format
+copy_engine  copy engines push while this rank's own rows are multiplied, then those of each peer: any format with linear scales
 gated        one kernel sends this rank's rows and multiplies all rows, in the order in which they come: bf16, FP8
 """
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import formats
 from ..ops.collectives import world_size
-from ..ops.dense import linear, matmul, relayout
+from ..ops.dense import matmuls_of_linear, split_weights
 from ..ops.fused import all_gather_matmul
 from . import aten, device, transfer, workspace
 from .cuda import gemm
@@ -45,16 +43,14 @@ def _why_not_gated(x: list[Tensor], params: list[Tensor], ws: list[Tensor], bias
                    dtype: torch.dtype, group: str) -> str | None:
     if (why := _why_not(x, params, ws, biases, fmt, dtype, group) or gemm.why_not_world(world_size(group))) is not None:
         return why
-    n = formats.get(fmt).weight_len
-    for i, bias in enumerate(biases):
-        if (why := gemm.why_not(x, ws[i * n:(i + 1) * n], bias, fmt, dtype)) is not None:
+    for w, bias in zip(split_weights(ws, fmt), biases, strict=True):
+        if (why := gemm.why_not(x, w, bias, fmt, dtype)) is not None:
             return why
     return None
 
 
-def _outputs(x: list[Tensor], ws: list[Tensor], biases: Sequence, fmt: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
-    n = formats.get(fmt).weight_len
-    return [x[0].new_empty((rows, ws[i * n].shape[0]), dtype=dtype) for i in range(len(biases))]
+def _outputs(x: list[Tensor], ws: list[Tensor], fmt: str, dtype: torch.dtype, rows: int) -> list[Tensor]:
+    return [x[0].new_empty((rows, w[0].shape[0]), dtype=dtype) for w in split_weights(ws, fmt)]
 
 
 @all_gather_matmul.backend("push", supports=_why_not, nbytes=nbytes, seconds=transfer.one_after_the_other)
@@ -71,7 +67,7 @@ def pushed(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list
     space = workspace.of(group)
     x = [t.contiguous() for t in x]
     if x[0].shape[0] == 0:
-        return _outputs(x, ws, biases, fmt, dtype, 0)
+        return _outputs(x, ws, fmt, dtype, 0)
     units = [_units(part) for part in x]
     programs = min(transfer.most_programs(space), max(-(-u.numel() // BLOCK) for u in units))
     t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), programs * space.world_size)
@@ -82,7 +78,7 @@ def pushed(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list
         kernels.push, programs, t, units[0], units[0].numel(), second, second.numel(), starts[-1],
         WORLD=space.world_size, LOOPBACK=space.loopback, BLOCK=BLOCK, TWO=len(units) == 2, X_ALIGNED=_whole(units[0]),
         Y_ALIGNED=_whole(second), WAIT=wait)
-    return _multiply(_gathered(t, x), params, ws, biases, fmt, dtype)
+    return matmuls_of_linear(_gathered(t, x), params, ws, biases, fmt, dtype)
 
 
 @all_gather_matmul.backend("copy_engine", supports=_why_not_by_shards, nbytes=nbytes, seconds=transfer.by_copy_engines)
@@ -94,19 +90,18 @@ def copy_engine(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases:
     x = [t.contiguous() for t in x]
     rows = x[0].shape[0]
     if rows == 0:
-        return _outputs(x, ws, biases, fmt, dtype, 0)
+        return _outputs(x, ws, fmt, dtype, 0)
     t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), space.world_size)
     transfer.start(kernels.begin, 1, t, WORLD=space.world_size, LOOPBACK=space.loopback, num_warps=1)
     with on_side(space):
         _copy(t, x)
-    out = _outputs(x, ws, biases, fmt, dtype, rows * space.world_size)
-    n = formats.get(fmt).weight_len
+    out = _outputs(x, ws, fmt, dtype, rows * space.world_size)
     for rank in t.ranks:
         if rank != space.rank:
             transfer.start(kernels.wait, 1, t, rank, rank, num_warps=1)
         shard = x if rank == space.rank else _slots(t, x, rank)
-        for i, bias in enumerate(biases):
-            aten.matmul_into(out[i][rank * rows:(rank + 1) * rows], shard, params, ws[i * n:(i + 1) * n], bias, fmt)
+        for y, w, bias in zip(out, split_weights(ws, fmt), biases, strict=True):
+            aten.matmul_into(y[rank * rows:(rank + 1) * rows], shard, params, w, bias, fmt)
     join(space)
     return out
 
@@ -123,11 +118,10 @@ def in_one_kernel(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biase
     space = workspace.of(group)
     x = [gemm.rows_apart(t) for t in x]
     rows = x[0].shape[0]
-    out = _outputs(x, ws, biases, fmt, dtype, rows * space.world_size)
+    out = _outputs(x, ws, fmt, dtype, rows * space.world_size)
     if rows == 0:
         return out
-    n = formats.get(fmt).weight_len
-    weights = [ws[i * n:(i + 1) * n] for i in range(len(biases))]
+    weights = split_weights(ws, fmt)
     config = gemm.configure(x[0], [w[0] for w in weights], space.world_size, "gather")
     gemm.load(config)
     unit = gemm.unit(rows, device.processors(x[0].device))
@@ -176,15 +170,6 @@ def _gathered(t: Transfer, x: list[Tensor]) -> list[Tensor]:
     world = t.space.world_size
     return [t.view(t.space.rank, start, (world * part.shape[0], *part.shape[1:]), part.dtype)
             for start, part in zip(_starts(x, world), x, strict=True)]
-
-
-def _multiply(full: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
-              dtype: torch.dtype) -> list[Tensor]:
-    f = formats.get(fmt)
-    if f.layout != "linear":
-        full = relayout(full, linear(fmt), fmt, full[0].shape[1] * f.parts[0].block[1])
-    n = f.weight_len
-    return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
 
 
 def _units(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """matmul_reduce_scatter over a workspace: small batches multiply and then push, large ones do both at once.
 
 push         the matmul op's own backend, then one small kernel stores partial sums to their owners and adds: any format
-copy_engine  the peers' rows are multiplied first, and pushed by copy engines while the rest is multiplied: any format
+copy_engine  the peers' rows are multiplied first, and pushed by copy engines while the rest is multiplied: any format with
+             linear scales
 epilogue     one kernel multiplies, stores each tile to its owner, and adds what came to its own last tiles: bf16, FP8
 """
 from __future__ import annotations
@@ -94,8 +95,7 @@ def copy_engine(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Te
     transfer.start(kernels.begin, 1, t, WORLD=space.world_size, LOOPBACK=space.loopback, num_warps=1)
     for owner in (*t.ranks[1:], space.rank):
         mine = slice(owner * rows, (owner + 1) * rows)
-        aten.matmul_into(y[mine], [part[mine] for part in x], params, w,
-                         bias, fmt)
+        aten.matmul_into(y[mine], [part[mine] for part in x], params, w, bias, fmt)
         if owner != space.rank:
             slot = t.slot(owner)
             with on_side(space):

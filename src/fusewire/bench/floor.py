@@ -11,7 +11,7 @@ from .. import compat, formats
 from ..compiler.plan import Plan
 from ..op import op_of
 from ..ops.collectives import world_size
-from ..ops.dense import matmul, quantize
+from ..ops.dense import linear, matmul, matmuls_of_linear, quantize
 from ..ops.norm import add_rms_norm, rms_norm
 
 # What is left of an op without its wire, with the op's own arguments. A sum keeps this rank's part, a gather repeats it.
@@ -30,8 +30,7 @@ def reduce_scatter(x: Tensor, group: str) -> Tensor:
 
 
 def all_gather_matmul(x, params, ws, biases, fmt, dtype, group):
-    full, n = all_gather(x, group), formats.get(fmt).weight_len
-    return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
+    return matmuls_of_linear(all_gather(x, group), params, ws, biases, fmt, dtype)
 
 
 def matmul_reduce_scatter(x, params, w, bias, fmt, dtype, group):
@@ -46,7 +45,7 @@ def all_reduce_norm_quant(x, residual, weight, eps, offset, cast_first, params, 
 
 def norm_quant_all_gather_matmul(x, residual, weight, eps, offset, cast_first, keep_norm, params, ws, biases, fmt, dtype, group):
     keeps = keep_norm or fmt == "bf16"
-    total, *rest = all_reduce_norm_quant(x, residual, weight, eps, offset, cast_first, params, fmt, keeps, group)
+    total, *rest = all_reduce_norm_quant(x, residual, weight, eps, offset, cast_first, params, linear(fmt), keeps, group)
     parts = rest[-1:] if fmt == "bf16" else rest[-len(formats.get(fmt).parts):]
     return [*([] if residual is None else [total]), *(rest[:1] if keep_norm else []),
             *all_gather_matmul(parts, params, ws, biases, fmt, dtype, group)]

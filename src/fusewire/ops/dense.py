@@ -82,3 +82,24 @@ def matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor 
     f = formats.get(fmt)
     y = f.dequantize(x, params) @ f.dequantize_weight(w).t()
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def split_weights(ws: list[Tensor], fmt: str) -> list[list[Tensor]]:
+    """Weights that lie one after the other in one list, each as `matmul` takes it."""
+    n = formats.get(fmt).weight_len
+    return [ws[i:i + n] for i in range(0, len(ws), n)]
+
+
+def matmuls(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+            dtype: torch.dtype) -> list[Tensor]:
+    """`matmul` with each of several weights: `ws` one after the other, a bias or None for each."""
+    return [matmul(x, params, w, b, fmt, dtype) for w, b in zip(split_weights(ws, fmt), biases, strict=True)]
+
+
+def matmuls_of_linear(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str,
+                      dtype: torch.dtype) -> list[Tensor]:
+    """The same where the scales of x are linear, as what was gathered: a swizzled `fmt` is made first."""
+    f = formats.get(fmt)
+    if f.layout != "linear":
+        x = relayout(x, linear(fmt), fmt, x[0].shape[1] * f.parts[0].block[1])
+    return matmuls(x, params, ws, biases, fmt, dtype)

@@ -4,10 +4,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import formats
 from ..op import op
 from .collectives import all_gather, all_reduce, reduce_scatter
-from .dense import linear, matmul, quantize, relayout
+from .dense import linear, matmul, matmuls_of_linear, quantize
 from .norm import add_rms_norm, rms_norm
 
 
@@ -21,11 +20,7 @@ def all_gather_matmul(x: list[Tensor], params: list[Tensor], ws: list[Tensor], b
     biases  one for each weight, or None
     -> for each weight (tokens, n_i) of `dtype`
     """
-    f = formats.get(fmt)
-    full, n = all_gather(x, group), f.weight_len
-    if f.layout != "linear":
-        full = relayout(full, linear(fmt), fmt, x[0].shape[1] * f.parts[0].block[1])
-    return [matmul(full, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
+    return matmuls_of_linear(all_gather(x, group), params, ws, biases, fmt, dtype)
 
 
 @op(rows=("x",))

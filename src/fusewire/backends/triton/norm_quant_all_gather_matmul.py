@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import formats
 from ...ops.collectives import world_size
-from ...ops.dense import linear, matmul
+from ...ops.dense import linear, matmuls
 from ...ops.fused import norm_quant_all_gather_matmul
 from .. import workspace
 from .launch import ROWS_PER_FLAG, align, block_of, counters, launch, new_parts, processors, row_bytes, row_constants, why_not
@@ -104,6 +103,4 @@ def pushed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offse
            params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
            group: str) -> list[Tensor]:
     p = push(x, residual, weight, eps, offset, cast_first, keep_norm, params, fmt, group, gather=True)
-    n = formats.get(fmt).weight_len
-    ys = [matmul(p.parts, params, ws[i * n:(i + 1) * n], b, fmt, dtype) for i, b in enumerate(biases)]
-    return [t for t in (p.total, p.norm) if t is not None] + ys
+    return [*(t for t in (p.total, p.norm) if t is not None), *matmuls(p.parts, params, ws, biases, fmt, dtype)]
