@@ -54,13 +54,13 @@ def _why_not(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
 
 @matmul.backend("aten", supports=_why_not)
 def scaled_mm(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype) -> Tensor:
-    return torch._scaled_mm(x[0], w[0].t(), *_scales(x, params, w, fmt), bias=bias, out_dtype=dtype, use_fast_accum=_fast(x[0]))
+    return torch._scaled_mm(x[0], w[0].t(), *scales(x, params, w, fmt), bias=bias, out_dtype=dtype, use_fast_accum=_fast(x[0]))
 
 
 def matmul_into(out: Tensor, x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str) -> None:
     """The matmul op, with its result in `out`; without a copy where torch can."""
     if matmul.select(x, params, w, bias, fmt, out.dtype).backend.name == "aten":
-        torch._scaled_mm(x[0], w[0].t(), *_scales(x, params, w, fmt), bias=bias, out_dtype=out.dtype, use_fast_accum=_fast(x[0]),
+        torch._scaled_mm(x[0], w[0].t(), *scales(x, params, w, fmt), bias=bias, out_dtype=out.dtype, use_fast_accum=_fast(x[0]),
                          out=out)
     elif fmt == "bf16" and out.dtype == x[0].dtype:
         torch.mm(x[0], w[0].t(), out=out) if bias is None else torch.addmm(bias, x[0], w[0].t(), out=out)
@@ -72,7 +72,8 @@ def _fast(x: Tensor) -> bool:
     return FAST_ACCUMULATION and x.device.type == "cuda"
 
 
-def _scales(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str) -> tuple[Tensor, Tensor]:
+def scales(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str) -> tuple[Tensor, Tensor]:
+    """What torch's scaled matmuls take as `scale_a` and `scale_b`, for fp8_tensor and fp8_token."""
     a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1])
     if x[0].device.type == "cuda":  # cuBLAS refuses scales that are not aligned, as those of one expert among others
         a, b = (s if s.data_ptr() % 16 == 0 else s.clone() for s in (a, b))

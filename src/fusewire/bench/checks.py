@@ -44,8 +44,7 @@ def cublas(x: list[Tensor], params: list[Tensor], w: list[Tensor], fmt: str, fas
     """The matmul op as PyTorch itself runs it, in bfloat16; without a GPU its reference."""
     if fmt not in ("fp8_tensor", "fp8_token") or not x[0].is_cuda:
         return matmul.reference(x, params, w, None, fmt, torch.bfloat16)
-    a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-    return torch._scaled_mm(x[0], w[0].t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return torch._scaled_mm(x[0], w[0].t(), *aten.scales(x, params, w, fmt), out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def after(total: Tensor, args: tuple) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import compat, formats
 from .. import group as groups
+from ..backends.aten import scales
 from ..backends.cuda import gemm
 from .cases import BOUNDARY, GATHER, NORM, SCATTER, Case
 from .checks import after, cublas, fast_sums, operands, tail, whole
@@ -129,7 +130,7 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
     def gather_of(x: list[Tensor], params: list[Tensor], w: list[Tensor]) -> list[Tensor]:
         if case.fmt == "bf16":
             return ops.fused_all_gather_matmul(x[0], [w[0].t()], 0, name, return_A=False)[1]
-        a, b = (params[0], w[1]) if case.fmt == "fp8_tensor" else (x[1], w[1].t())
+        a, b = scales(x, params, w, case.fmt)
         return ops.fused_all_gather_scaled_matmul(x[0], [w[0].t()], a, [b], 0, name, [None], [None], [bf16], [fast])[1]
 
     def gather(i: int) -> list[Tensor]:
@@ -143,9 +144,8 @@ def torch_symm_mem(case: Case, sets: list[tuple], device: torch.device) -> Itera
         x, params, w, _, fmt, *_ = sets[i]
         if fmt == "bf16":
             return [ops.fused_matmul_reduce_scatter(x[0], w[0].t(), "sum", 0, name)]
-        a, b = (params[0], w[1]) if fmt == "fp8_tensor" else (x[1], w[1].t())
-        return [ops.fused_scaled_matmul_reduce_scatter(x[0], w[0].t(), a, b, "sum", 0, 0, name, [case.M, case.N], out_dtype=bf16,
-                                                       use_fast_accum=fast)]
+        return [ops.fused_scaled_matmul_reduce_scatter(x[0], w[0].t(), *scales(x, params, w, fmt), "sum", 0, 0, name,
+                                                       [case.M, case.N], out_dtype=bf16, use_fast_accum=fast)]
 
     if case.op.name != NORM:
         yield Candidate("torch", {GATHER: gather, SCATTER: scatter, BOUNDARY: boundary}[case.op.name])
