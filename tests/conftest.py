@@ -1,11 +1,14 @@
 """What tests of several files are given."""
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from fusewire.group import Group, close, simulated_group
+
+gc.set_threshold(100_000, 50, 50)  # compiling makes millions of objects that stay: looking for garbage is a tenth of its time
 
 
 @pytest.fixture

@@ -94,21 +94,28 @@ def test_few_layers_stand_for_a_periodic_stack(tmp_path):
     assert [s.module for s in full.sites[-3:-1]] == [f"model.layers.7.{m}" for m in ("self_attn.o_proj", "mlp.down_proj")]
 
 
-@pytest.mark.parametrize("layers,captured,excluded", [
-    (4, 4, ["model.layers.1.self_attn.o_proj", "model.layers.3.mlp.down_proj", "model.layers.3.mlp.gate_proj"]),
-    (4, 4, ["model.layers.0", "model.layers.3"]),
-    (4, 4, ["model.layers.2.self_attn.v_proj"]),
-    (8, 5, [r"re:.*layers\.(2|5)\.self_attn\.[qkv]_proj"]),  # periodic: here layers do stand for others
-])
-def test_few_layers_stand_for_a_stack_of_which_some_are_not_quantized(tmp_path, layers, captured, excluded):
+def not_quantized(folder: Path, layers: int, *excluded: str) -> Path:
     config = json.loads(tiny.config("llama", layers=layers, head_dim=64).to_json_string(use_diff=False))
     quantized = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head", *excluded]}
-    folder = written(tmp_path / "m", config | {"quantization_config": quantized})
-    assert captured_layers(folder) == list(range(captured))
+    return written(folder, config | {"quantization_config": quantized})
+
+
+def test_few_layers_stand_for_a_stack_of_which_some_are_not_quantized(tmp_path):
+    folder = not_quantized(tmp_path / "m", 8, r"re:.*layers\.(2|5)\.self_attn\.[qkv]_proj")
+    assert captured_layers(folder) == [0, 1, 2, 3, 4]
     short, full = (explain_model(folder, 2, 32, None, Config(plan="sharded"), full=f) for f in (False, True))
     same_reports(short, full)
     sent = [s.sent_after for s in full.sites[1:-2]]
     assert len(set(sent)) > 1, "some layers send more than others"
+
+
+@pytest.mark.parametrize("excluded", [
+    ["model.layers.1.self_attn.o_proj", "model.layers.4.mlp.down_proj", "model.layers.4.mlp.gate_proj"],
+    ["model.layers.0", "model.layers.5"],
+    ["model.layers.3.self_attn.v_proj"],
+])
+def test_a_stack_without_a_period_is_captured_whole(tmp_path, excluded):
+    assert captured_layers(not_quantized(tmp_path / "m", 6, *excluded)) == list(range(6))
 
 
 def test_the_report_is_plain_json(tmp_path):
