@@ -7,7 +7,8 @@ from torch import Tensor
 from ...ops.collectives import world_size
 from ...ops.fused import all_reduce_norm_quant
 from .. import workspace
-from .launch import align, block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
+from ..workspace import align
+from .launch import block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
 
 NAME = "all_reduce_norm_quant"
 

@@ -9,7 +9,8 @@ from ...ops import moe
 from ...ops.collectives import world_size
 from ...ops.moe import dispatch, expert_parallel, experts
 from .. import matmul_reduce_scatter, transfer, workspace
-from .launch import ROWS_PER_FLAG, align, counters, launch, processors
+from ..workspace import align
+from .launch import ROWS_PER_FLAG, counters, launch, processors
 from .moe import TOKENS, logits, row_constants, row_shape, why_not_routed
 
 NAME = "dispatch"

@@ -12,7 +12,6 @@ from ...errors import FusewireError
 from ...ops.collectives import world_size
 from ...ops.dense import linear
 from .. import device, workspace
-from ..workspace import align as align
 
 HIDDEN = range(64, 16384 + 1)
 ROWS_PER_FLAG = 128  # of gathered rows, as the kernels have it

@@ -11,7 +11,8 @@ from ...ops.collectives import world_size
 from ...ops.dense import linear, matmuls
 from ...ops.fused import norm_quant_all_gather_matmul
 from .. import workspace
-from .launch import ROWS_PER_FLAG, align, block_of, counters, launch, new_parts, processors, row_bytes, row_constants, why_not
+from ..workspace import align
+from .launch import ROWS_PER_FLAG, block_of, counters, launch, new_parts, processors, row_bytes, row_constants, why_not
 
 NAME = "norm_quant_all_gather_matmul"
 
