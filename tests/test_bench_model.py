@@ -97,7 +97,7 @@ def test_the_floor_sends_nothing_and_computes_the_rest():
     assert torch.equal(logits[..., :50], logits[..., 51:101])  # the gather of 51 + 51 columns repeats this rank's
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "fp8_token"])
+@pytest.mark.parametrize("fmt", ["bf16", "fp8_token", "mxfp8:128x4"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", cases.OPS_MEASURED)
 def test_an_op_without_its_wire(name, world_size, fmt, monkeypatch):

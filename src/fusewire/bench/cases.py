@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..group import Group
 from ..op import OPS, Meter, Op
 from ..ops import fused  # noqa: F401  (declares the ops)
+from ..ops.dense import linear
 from . import shapes
 
 GATHER, SCATTER, NORM, BOUNDARY = OPS_MEASURED = (
@@ -94,7 +95,7 @@ def inputs(case: Case, version: int, device: torch.device) -> tuple:
             return torch.empty(m, k, dtype=torch.bfloat16, device=device)
         return torch.randn(m, k, generator=from_, device=device, dtype=torch.bfloat16)
 
-    static, f = params(case.fmt, device), formats.get(case.fmt)
+    static = params(case.fmt, device)
     if case.op.name == NORM:
         weight = random(1, case.N, same)[0].sigmoid() + 0.5
         rows, residual = random(case.M, case.N), random(case.M, case.N, same)
@@ -106,6 +107,7 @@ def inputs(case: Case, version: int, device: torch.device) -> tuple:
         weight = random(1, case.K, same)[0].sigmoid() + 0.5
         return (random(m, case.K), random(m, case.K), weight, 1e-6, 0.0, False, False, static, w, [None], case.fmt, torch.bfloat16,
                 case.group.name)
+    f = formats.get(linear(case.fmt) if case.op.name == GATHER else case.fmt)  # scales travel linear
     x = f.quantize(random(m, case.K), static)
     ws, bias = (w, [None]) if case.op.name == GATHER else (w, None)
     return x, static, ws, bias, case.fmt, torch.bfloat16, case.group.name
