@@ -7,7 +7,7 @@
 //   PRECISE    FP8 sums of 128 products are added in float32; else the tensor core's own sum is kept, which has fewer bits
 //   BN         columns of a tile, a multiple of 32
 //   STAGES     depth of the pipeline
-//   IN, OUT    buffers of each warpgroup for pieces of partial sums that come (0 unless REDUCE), and of what it made
+//   RING       buffers of each warpgroup for pieces of what it made; REDUCE: in which a peer's part of the sum came before
 //   TURNS      the two warpgroups that multiply take tiles in turns, so that one stores what it made while the other multiplies;
 //              else each has half of a tile's rows, and tiles can be larger
 //   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
@@ -32,8 +32,8 @@ constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE_BYTES = A_BYTES + B_
 constexpr int PIECE = BN % 64 ? 32 : 64;  // columns that a warpgroup stores at once
 constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2, UNITS = PIECE / 8;  // units of 16 bytes in a row of a piece
 constexpr int BUFFER = 4096;    // bytes
-constexpr int BARRIERS = 2 * STAGES + 4 * (IN + OUT) + BUFFERS + 4;  // and room for the epoch
-constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * (IN + OUT) * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS;
+constexpr int BARRIERS = 2 * STAGES + 6 * RING + BUFFERS + 4;  // and room for the epoch
+constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * RING * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS;
 constexpr int GROUP = 8;        // tiles of rows (of CLUSTER * BM) that take turns before the next columns: for the L2 cache
 constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a report and end the process
 
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
     extern __shared__ uint8_t raw[];
     const uint32_t base = (shared(raw) + 1023) & ~1023u;
     const uint32_t pieces = base + STAGES * STAGE_BYTES;
-    const uint32_t buffers = pieces + 2 * (IN + OUT) * PIECE_BYTES;
+    const uint32_t buffers = pieces + 2 * RING * PIECE_BYTES;
     const uint32_t bars = buffers + BUFFERS * BUFFER;
     auto full = [&](int s) { return bars + 8 * s; };
     auto empty = [&](int s) { return bars + 8 * (STAGES + s); };
@@ -279,16 +279,15 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         asm volatile("ld.shared.b32 %0, [%1];" : "=r"(epoch) : "r"(epoch_at));
         return epoch;
     };
-    // A ring of buffers has two sides, each of which takes every buffer in turn: a barrier's parity tells a phase from the next,
-    // not from the one after, so nobody may pass a use by.
+    // Each warpgroup's buffers are used in turn. A use: the buffer is free; of a sum with a peer's, that came; the warpgroup has
+    // made what goes, or of a sum only read what came; that has gone, and the buffer is free. A barrier's parity tells a phase from
+    // the next, not from the one after: nobody may pass a phase by, and what is not part of every use has parities of its own.
     const uint32_t rings = bars + 8 * 2 * STAGES;
-    auto in_full = [&](int wg, int i) { return rings + 8 * (wg * IN + i); };
-    auto in_empty = [&](int wg, int i) { return rings + 8 * ((2 + wg) * IN + i); };
-    auto out_full = [&](int wg, int i) { return rings + 8 * (4 * IN + wg * OUT + i); };
-    auto out_empty = [&](int wg, int i) { return rings + 8 * (4 * IN + (2 + wg) * OUT + i); };
-    auto in_at = [&](int wg, int i) { return pieces + (wg * IN + i) * PIECE_BYTES; };
-    auto out_at = [&](int wg, int i) { return pieces + (2 * IN + wg * OUT + i) * PIECE_BYTES; };
-    const uint32_t sent = rings + 8 * 4 * (IN + OUT), go = sent + 8 * BUFFERS;  // go: for each warpgroup, see TURNS below
+    auto free_ = [&](int wg, int i) { return rings + 8 * (wg * RING + i); };
+    auto came = [&](int wg, int i) { return rings + 8 * ((2 + wg) * RING + i); };
+    auto made = [&](int wg, int i) { return rings + 8 * ((4 + wg) * RING + i); };
+    auto buffer_at = [&](int wg, int i) { return pieces + (wg * RING + i) * PIECE_BYTES; };
+    const uint32_t sent = rings + 8 * 6 * RING, go = sent + 8 * BUFFERS;  // go: for each warpgroup, see TURNS below
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int program = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
@@ -299,7 +298,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) barrier_init(full(s), 1), barrier_init(empty(s), (TURNS ? 1 : 2) * CLUSTER);
-        for (int i = 0; i < 4 * (IN + OUT); i++) barrier_init(rings + 8 * i, 1);
+        for (int i = 0; i < 6 * RING; i++) barrier_init(rings + 8 * i, 1);
         for (int i = 0; i < BUFFERS; i++) barrier_init(sent + 8 * i, 1);
         for (int wg = 0; wg < 2; wg++) barrier_init(go + 8 * wg, 1);
         barrier_init(begun, 1);
@@ -343,36 +342,38 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         } else if (warp == 1 || warp == 2) {
             // A warpgroup that multiplies must not wait for its stores to arrive, nor for the fence before a flag.
             const int wg = warp - 1, epoch = REDUCE ? epoch_begun() : 0;  // not before the peers' halves are free
-            int out = 0, turn = 0, before = -1;  // before: the buffer whose store is under way beside the newest
-            uint32_t parity = 0;
+            int buffer = 0, turn = 0, before = -1;  // before: the buffer whose store is under way beside the newest
+            uint32_t parities = 0;
             for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
                 if (TURNS && turn++ % 2 != wg) continue;
                 const Tile tile = tile_at(p, t, tm, tn, step, program);
                 const bool away = REDUCE && tile.shard != p.rank;
                 for (int i = 0; i < BLOCKS * PIECES; i++) {
                     const int row = tile.row + (TURNS ? i / PIECES : wg) * 64, column = tile.column + i % PIECES * PIECE;
-                    barrier_wait(out_full(wg, out), parity);
+                    if (REDUCE && !away) buffer = (buffer + p.world - 2) % RING;  // where only something came
+                    barrier_wait(made(wg, buffer), parities >> buffer & 1);
+                    parities ^= 1u << buffer;
+                    const uint32_t from = buffer_at(wg, buffer);
                     if (away) {
                         const int n = p.n[0], unit = lane % UNITS, rows = min(64, p.m - row);
                         char* to = p.partial_to[tile.shard] + ((int64_t)row * n + column + unit * 8) * 2;
                         #pragma unroll 4
                         for (int r = lane / UNITS; r < rows; r += 32 / UNITS)
-                            if (column + unit * 8 < n)
-                                store_global(to + (int64_t)r * n * 2, load_shared(out_at(wg, out) + in_piece(r, unit)));
+                            if (column + unit * 8 < n) store_global(to + (int64_t)r * n * 2, load_shared(from + in_piece(r, unit)));
                         __syncwarp();
-                        if (lane == 0) barrier_arrive(out_empty(wg, out));
+                        if (lane == 0) barrier_arrive(free_(wg, buffer));
                     } else if (lane == 0) {
                         if (row < p.m && column < p.n[tile.weight])
-                            store_piece(p.c[tile.weight], out_at(wg, out), column, row, REDUCE ? 0 : tile.shard);
+                            store_piece(p.c[tile.weight], from, column, row, REDUCE ? 0 : tile.shard);
                         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-                        const bool more = OUT > 1 && i + 1 < BLOCKS * PIECES;
+                        const bool more = i + 1 < BLOCKS * PIECES;
                         if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
                         else asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-                        if (before >= 0) barrier_arrive(out_empty(wg, before));
-                        before = more ? out : -1;
-                        if (!more) barrier_arrive(out_empty(wg, out));
+                        if (before >= 0) barrier_arrive(free_(wg, before));
+                        before = more ? buffer : -1;
+                        if (!more) barrier_arrive(free_(wg, buffer));
                     }
-                    if (++out == OUT) out = 0, parity ^= 1;
+                    if (++buffer == RING) buffer = 0;
                 }
                 if (away && lane == 0)
                     for (int block = TURNS ? 0 : wg; block <= (TURNS ? 1 : wg); block++)
@@ -390,23 +391,26 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
             __syncwarp();
             send(p, buffers, sent, epoch, lane);
 #endif
-            int in[2] = {}, turn = 0;  // of each warpgroup
+            int buffer[2] = {}, turn = 0;  // of each warpgroup
             uint32_t parity[2] = {1, 1};
             for (int t = blockIdx.x / CLUSTER; REDUCE && lane == 0 && t < total; t += step) {
                 const int whose = TURNS ? turn++ % 2 : 0;
                 const Tile tile = tile_at(p, t, tm, tn, step, program);
-                if (tile.shard != p.rank) continue;
-                for (int use = 0; use < BLOCKS * PIECES * (p.world - 1); use++) {
-                    const int i = use / (p.world - 1), peer = use % (p.world - 1), source = peer + (peer >= p.rank);
+                const int peers = tile.shard == p.rank ? p.world - 1 : 1;
+                for (int use = 0; use < BLOCKS * PIECES * peers; use++) {
+                    const int i = use / peers, peer = use % peers, source = peer + (peer >= p.rank);
                     for (int wg = whose; wg <= (TURNS ? whose : 1); wg++) {
                         const int block = TURNS ? i / PIECES : wg;
-                        barrier_wait(in_empty(wg, in[wg]), parity[wg]);
-                        if (i % PIECES == 0)
-                            wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + block, epoch, source, tile.index);
-                        barrier_expect(in_full(wg, in[wg]), PIECE_BYTES);
-                        load_tile(in_at(wg, in[wg]), p.partial, in_full(wg, in[wg]), tile.column + i % PIECES * PIECE,
-                                  tile.row + block * 64, source);
-                        if (++in[wg] == (IN ? IN : 1)) in[wg] = 0, parity[wg] ^= 1;
+                        const uint32_t bar = came(wg, buffer[wg]);
+                        barrier_wait(free_(wg, buffer[wg]), parity[wg]);
+                        if (tile.shard == p.rank) {
+                            if (i % PIECES == 0)
+                                wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + block, epoch, source, tile.index);
+                            barrier_expect(bar, PIECE_BYTES);
+                            load_tile(buffer_at(wg, buffer[wg]), p.partial, bar, tile.column + i % PIECES * PIECE,
+                                      tile.row + block * 64, source);
+                        }
+                        if (++buffer[wg] == RING) buffer[wg] = 0, parity[wg] ^= 1;
                     }
                 }
             }
@@ -416,8 +420,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         const int wg = warp / 4 - 1;
         const bool elected = threadIdx.x % 128 == 0;
         const int own_row = warp % 4 * 16 + lane / 4;  // and that + 8, of a block's 64
-        int stage = 0, in = 0, out = 0, turn = 0;
-        uint32_t parity = 0, in_parity = 0, out_parity = 1, go_parity = wg ^ 1;  // warpgroup 0 begins
+        int stage = 0, buffer = 0, turn = 0;
+        uint32_t parity = 0, free_parity = 1, came_parities = 0, go_parity = wg ^ 1;  // warpgroup 0 begins
         auto release = [&](int of) {
             if (of < 0 || !elected) return;
             if (CLUSTER == 1) barrier_arrive(empty(of));
@@ -517,38 +521,45 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                 uint32_t rounded[PIECE / 4];  // of row, row + 8, in turns
                 #pragma unroll
                 for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(y[2 * j], y[2 * j + 1]);
+                auto at = [&](int j) {
+                    return buffer_at(wg, buffer) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4;
+                };
+                auto next = [&]() {
+                    if (++buffer == RING) buffer = 0, free_parity ^= 1;
+                };
                 if (REDUCE && own) {  // the ranks' partial sums, each rounded as it was sent, in rank order
                     float sum[PIECE / 2];
-                    for (int source = 0; source < p.world; source++) {
+                    for (int source = 0, peer = 0; source < p.world; source++) {
                         const bool from_here = source == p.rank;
-                        if (!from_here) barrier_wait(in_full(wg, in), in_parity);
+                        if (!from_here) {
+                            if (peer++) {  // all have read what came before
+                                asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
+                                if (elected) barrier_arrive(free_(wg, buffer));
+                                next();
+                            }
+                            barrier_wait(came(wg, buffer), came_parities >> buffer & 1);
+                            came_parities ^= 1u << buffer;
+                        }
                         #pragma unroll
                         for (int j = 0; j < PIECE / 4; j++) {
                             uint32_t v = rounded[j];
-                            if (!from_here)
-                                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v)
-                                             : "r"(in_at(wg, in) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4));
+                            if (!from_here) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at(j)));
                             const float2 term = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
                             sum[2 * j] = source ? sum[2 * j] + term.x : term.x;
                             sum[2 * j + 1] = source ? sum[2 * j + 1] + term.y : term.y;
                         }
-                        if (from_here) continue;
-                        asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
-                        if (elected) barrier_arrive(in_empty(wg, in));
-                        if (++in == (IN ? IN : 1)) in = 0, in_parity ^= 1;
                     }
                     #pragma unroll
                     for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(sum[2 * j], sum[2 * j + 1]);
+                } else {
+                    barrier_wait(free_(wg, buffer), free_parity);
                 }
-                barrier_wait(out_empty(wg, out), out_parity);
                 #pragma unroll
                 for (int j = 0; j < PIECE / 4; j++)
-                    asm volatile("st.shared.b32 [%0], %1;"
-                                 :: "r"(out_at(wg, out) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4), "r"(rounded[j])
-                                 : "memory");
+                    asm volatile("st.shared.b32 [%0], %1;" :: "r"(at(j)), "r"(rounded[j]) : "memory");
                 asm volatile("fence.proxy.async.shared::cta; bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
-                if (elected) barrier_arrive(out_full(wg, out));
-                if (++out == OUT) out = 0, out_parity ^= 1;
+                if (elected) barrier_arrive(made(wg, buffer));
+                next();
             }
         }
     }

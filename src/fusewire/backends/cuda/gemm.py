@@ -45,13 +45,11 @@ class Config:
         room = SHARED_BYTES - 2048  # but for alignment and barriers
         buffers = 4 if self.mode == "gather" else 0
         room -= buffers * 4096
-        deeper = self.turns and self.columns < 192 and self.mode != "reduce"
-        spare = room - (3 if self.columns == 256 else 5 if deeper else 4) * stage_bytes
-        pieces = max(2, min(6 if self.mode == "reduce" else 4, spare // (2 * piece_bytes)))
-        out = pieces - (min(2, pieces - 1) if self.mode == "reduce" else 0)
-        stages = min(8, (room - 2 * pieces * piece_bytes) // stage_bytes)
+        spare = room - (3 if self.columns == 256 else 5 if self.turns and self.columns < 192 else 4) * stage_bytes
+        ring = max(2, min(6 if self.mode == "reduce" else 4, spare // (2 * piece_bytes)))
+        stages = min(8, (room - 2 * ring * piece_bytes) // stage_bytes)
         return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "TURNS": int(self.turns), "BN": self.columns,
-                "STAGES": stages, "IN": pieces - out, "OUT": out, "BUFFERS": buffers, "CLUSTER": self.cluster,
+                "STAGES": stages, "RING": ring, "BUFFERS": buffers, "CLUSTER": self.cluster,
                 "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce")}
 
     def possible(self) -> bool:
