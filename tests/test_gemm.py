@@ -97,7 +97,7 @@ def test_every_tile_is_made_once_and_in_time(tmp_path, reduce, turns):
             if shard == 0:
                 late = [t - at[peer][0, index] for peer in range(1, world)]
                 assert all(ahead > 0 for ahead in late)
-                enough = (2 + turns) * step // 2
+                enough = (2 - turns) * step
                 assert world > 2 or tn * -(-m // 256) < enough + 1 or min(late) >= enough - 1, (m, world, tn, step, index, late)
 
 

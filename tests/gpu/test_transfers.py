@@ -18,7 +18,7 @@ from torch import Tensor
 import fusewire.backends  # noqa: F401  (registers them)
 from fusewire import formats, group
 from fusewire.backends import all_gather_matmul as gathers
-from fusewire.backends import workspace
+from fusewire.backends import device, words, workspace
 from fusewire.backends.cuda import gemm
 from fusewire.errors import FusewireError
 from fusewire.ops.dense import matmul, quantize
@@ -74,7 +74,15 @@ def error(y: Tensor, truth: Tensor) -> float:
 
 
 def backends(op, args: tuple) -> dict[str, object]:
-    return {b.name: b.run for b in op.backends if b.supports(*args) is None}
+    """Those that can; `push` in words, where a call is small enough, and without."""
+    able = {b.name: b.run for b in op.backends if b.supports(*args) is None}
+    return able | {"push:flags": functools.partial(by_flags, able["push"])}
+
+
+def by_flags(run, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "PIECES", ())
+        return run(*args)
 
 
 def judge(backend: str, y: Tensor, same_chunks: Tensor, unfused: Tensor, truth: Tensor) -> list[str]:
@@ -126,7 +134,7 @@ def scattered(rank: int, world: int, shape: tuple, fmt: str, name: str) -> tuple
 
         truth = sum(exact([t[mine] for t in x], w, bias, fmt) for x in xs)
         for backend, run in ran.items():
-            same = {"push": whole, "copy_engine": chunks, "epilogue": kernel}[backend]
+            same = {"push": whole, "push:flags": whole, "copy_engine": chunks, "epilogue": kernel}[backend]
             sums = [functools.reduce(torch.add, [f(x)[mine].float() for x in xs]).bfloat16() for f in (same, whole)]
             wrong += judge(backend, run(*args), *sums, truth)
     return wrong, list(ran)
@@ -153,7 +161,7 @@ def numbers(rank: int, world: int) -> dict[str, list]:
             for f in (gathered, scattered):
                 seen, ran = f(rank, world, shape, fmt, name)
                 wrong += [f"{f.__name__} {shape}: {s}" for s in seen]
-                if len(ran) != (3 if fmt in ONE_KERNEL else 2):
+                if len(ran) != (4 if fmt in ONE_KERNEL else 3):
                     wrong.append(f"{f.__name__} {shape}: only {ran} ran")
                 cases += len(ran)
         results[fmt] = [cases, wrong]
@@ -261,7 +269,7 @@ def test_ten_thousand_transfers():
                 with torch.cuda.graph(graph):
                     captured = first(run(*args))
                 runs.append((run, args, want, graph, captured))
-    assert len(runs) == 24
+    assert len(runs) == 32
     before = space.epoch()
     turns = torch.randint(len(runs), (10_000,), generator=torch.Generator().manual_seed(1)).tolist()
     for i, turn in enumerate(turns):
@@ -324,13 +332,14 @@ def test_a_workspace_is_large_enough_or_refuses():
 
 def test_a_kernel_first_met_in_a_capture_is_refused(monkeypatch):
     monkeypatch.setattr(gemm, "_loaded", {})
+    monkeypatch.setattr(device, "_warm", set())
     g = group.loopback_group(2)
     workspace.open(g.name, 1 << 20)
     x, w, unseen = [rows(40, 512)], [rows(160, 512).contiguous()], [rows(7, 96)]
     with pytest.raises(FusewireError, match="while a CUDA graph is captured; run the model once before the capture"), \
             torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.ops.fusewire.all_gather_matmul.gated(x, [], w, [None], "bf16", torch.bfloat16, g.name)
-    with pytest.raises(FusewireError, match="kernel push would be compiled while a CUDA graph is captured"), \
+    with pytest.raises(FusewireError, match="kernel gather would be compiled while a CUDA graph is captured"), \
             torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.ops.fusewire.all_gather_matmul.push(unseen, [], w, [None], "bf16", torch.bfloat16, g.name)
     group.close(g)

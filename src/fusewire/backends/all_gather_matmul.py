@@ -13,7 +13,7 @@ from .. import formats
 from ..ops.collectives import world_size
 from ..ops.dense import matmuls_of_linear, split_weights
 from ..ops.fused import all_gather_matmul
-from . import aten, device, transfer, workspace
+from . import aten, device, transfer, words, workspace
 from .cuda import gemm
 from .transfer import Transfer, join, on_side, prepare, why_not
 from .workspace import ALIGN, align
@@ -68,6 +68,8 @@ def pushed(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biases: list
     x = [t.contiguous() for t in x]
     if x[0].shape[0] == 0:
         return _outputs(x, ws, fmt, dtype, 0)
+    if (full := words.gather(x, space, "all_gather_matmul", wait)) is not None:
+        return matmuls_of_linear(full, params, ws, biases, fmt, dtype)
     units = [_units(part) for part in x]
     programs = min(transfer.most_programs(space), max(-(-u.numel() // BLOCK) for u in units))
     t = prepare(space, "all_gather_matmul", nbytes(x, params, ws, biases, fmt, dtype, group), programs * space.world_size)

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..ops.collectives import world_size
 from ..ops.dense import matmul
 from ..ops.fused import matmul_reduce_scatter
-from . import aten, transfer, workspace
+from . import aten, transfer, words, workspace
 from .cuda import gemm
 from .transfer import join, on_side, prepare, why_not
 
@@ -66,6 +66,8 @@ def pushed(y: Tensor, group: str, op: str = "matmul_reduce_scatter", counts: lis
 
     space = workspace.of(group)
     world, rank = space.world_size, space.rank
+    if counts is None and y.numel() and _rows([y], world) and (out := words.reduce(y, space, op, wait)) is not None:
+        return out
     counts = counts or [_rows([y], world)] * world
     out = y.new_empty((counts[rank], *y.shape[1:]))
     if (most := max(counts) * (row := y[:1].numel())) == 0:

@@ -223,12 +223,13 @@ __device__ __forceinline__ int tiles_of_rows(const Params& p) { return (p.m + BM
 
 // Tile t of all, of tm * tn for each shard, of which `step` are under way at once. A plain product and GATHER: this rank's own
 // first, while the others' rows fly. REDUCE: its own in the order in which the peers send their part of them, but later, by all
-// that are under way at once, and the others' between them, so that there is something to send from the start to near the end.
+// that are under way at once (twice, where a tile's end holds up its warpgroup), and the others' between them, so that there is
+// something to send from the start to near the end.
 __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, int step, int program) {
     const int each = tm * tn, peers = p.world - 1;
     int s = t / each, r = t % each;
     if (REDUCE && peers) {
-        const int ahead = min((2 + TURNS) * step / (2 * peers) + 1, each), turn = t - ahead * peers;
+        const int ahead = min((2 - TURNS) * step / peers + 1, each), turn = t - ahead * peers;
         const int turns = each - ahead;  // of one own, then each peer's
         int u = turn < 0 ? t : -1;       // which of the others'
         if (turn >= turns * p.world) r = turns + turn - turns * p.world;

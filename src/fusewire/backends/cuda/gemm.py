@@ -60,9 +60,10 @@ class Config:
                 and (self.mode != "reduce" or self.columns % 64 == 0))
 
 
-# For the choice of a tile, from measurements on an H200: a tile takes (columns + TILE_COLUMNS) * bytes of k * COLUMN_BYTE_US, and
-# a rank that sends and receives in the same wave waits EXCHANGE_US for its peers' partial sums.
-TILE_COLUMNS, TURN_COLUMNS, COLUMN_BYTE_US, EXCHANGE_US = 24, 8, 2.1e-5, 6.0
+# For the choice of a tile, from measurements on an H200: a tile takes (columns + TILE_COLUMNS) * bytes of k * COLUMN_BYTE_US, more
+# where peers' sums are added at its end (SUM_COLUMNS), less where another warpgroup multiplies meanwhile (TURN_COLUMNS; then only
+# the last tile's end counts). A rank that sends and receives in the same wave waits EXCHANGE_US for its peers' partial sums.
+TILE_COLUMNS, SUM_COLUMNS, TURN_COLUMNS, COLUMN_BYTE_US, EXCHANGE_US = 24, 40, 8, 2.1e-5, 6.0
 COLUMNS = (64, 96, 128, 160, 192, 224, 256)  # multiples of 32, so that a piece of 32 or 64 columns divides them
 
 
@@ -96,7 +97,7 @@ def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, pr
     def us(config: Config) -> float:
         count = world * sum(tiles(config, m, n) for n in ns) // config.cluster
         waves = -(-count // (programs // config.cluster))
-        over = (TURN_COLUMNS, TILE_COLUMNS) if config.turns else (TILE_COLUMNS, 0)
+        over = (TURN_COLUMNS, TILE_COLUMNS) if config.turns else (SUM_COLUMNS if mode == "reduce" else TILE_COLUMNS, 0)
         alone = (waves * (config.columns + over[0]) + over[1]) * k_bytes * COLUMN_BYTE_US
         return alone + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 

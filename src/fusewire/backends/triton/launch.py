@@ -93,7 +93,8 @@ def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space
     constants["maxnreg"] = min(255, 65536 // (32 * warps * resident))
     key = (op, kernel.__name__, space.device, *sorted(constants.items()),
            *((None if t is None else (t.dtype, t.data_ptr() % 16)) for t in tensors))
-    device.warm_up(key, f"{op}: a kernel for hidden = {constants['HIDDEN']} and {constants['FMT']}")
+    what = f" for hidden = {constants['HIDDEN']} and {constants['FMT']}" if "HIDDEN" in constants else ""
+    device.warm_up(key, f"{op}: its kernel {kernel.__name__}{what}")
     data, flags, all_words = space.from_here
     where, nbytes = (all_words, space.word_bytes) if words else (data, space.nbytes)
     kernel[(programs,)](*tensors, where, flags, space.state, space.report, nbytes, space.flag_count, space.rank,
