@@ -10,6 +10,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from command import forked
 from dist import run_ranks
 
 from fusewire import group as groups
@@ -66,8 +67,8 @@ def test_decode_in_loopback(tmp_path):
     "--formats fp7": "unknown quantization 'fp7'; choose one of fp8, ",
     "--tokens x": "argument --tokens: 'x' is not a list of positive whole numbers",
 }.items())
-def test_a_refusal_is_one_sentence(command, sentence):
-    done = bench(*command.split())
+def test_a_refusal_is_one_sentence(tmp_path, command, sentence):
+    done = forked(tmp_path, "bench", "model", "--shape", "tiny", *command.split())
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"fusewire: {sentence}"), done.stderr
 

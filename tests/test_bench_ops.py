@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from command import forked
 
 from fusewire import group as groups
 from fusewire.bench import cases, model, ops, peers, results, shapes
@@ -83,8 +84,8 @@ def test_loopback_marks_its_lines(tmp_path):
     "--shape tiny --loopback --tokens 7": "nothing is left to measure: all_gather_matmul: 7 tokens do not divide over 2 ranks",
     "--out /nowhere/x.jsonl": "/nowhere/x.jsonl cannot be written: /nowhere is not a folder; give a path in one",
 }.items())
-def test_a_refusal_is_one_sentence(command, sentence):
-    done = bench(*command.split())
+def test_a_refusal_is_one_sentence(tmp_path, command, sentence):
+    done = forked(tmp_path, "bench", "ops", *command.split())
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"fusewire: {sentence}"), done.stderr
 

@@ -1,33 +1,29 @@
 """The command as its user meets it: what it prints, one sentence for what it refuses, exit codes, and ranks that are killed."""
 from __future__ import annotations
 
-import faulthandler
 import json
-import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from command import FUSEWIRE, forked, fusewire
 from safetensors.torch import load_file, save_file
 from test_checkpoint import export
 from tiny import tokenizer
 
-from fusewire.cli import main
 from fusewire.tuning import Tuning
 
 torch.set_num_threads(1)
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
-FUSEWIRE = [sys.executable, "-m", "fusewire.cli"]
 PROMPT = "w5 w6 w7 w8 w9"
 
 
@@ -43,32 +39,6 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def model(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "m")
-
-
-def fusewire(*args: object, timeout: float = 240) -> subprocess.CompletedProcess:
-    return subprocess.run([*FUSEWIRE, *map(str, args)], capture_output=True, text=True, timeout=timeout)
-
-
-def forked(folder: Path, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """The same in a copy of this process, which has imported everything already."""
-    files = [folder / "stdout", folder / "stderr"]
-
-    def run() -> None:
-        for fd, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), fd)
-        faulthandler.disable()  # pytest's
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
-        code = main(list(args))
-        sys.stdout.flush()
-        os._exit(code)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"it runs after {timeout} s")
-    return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
 
 
 # ---------------------------------------------------------------------------------------------- what works
@@ -90,11 +60,12 @@ def test_run_prints_text_and_report_and_compares(saved):
     assert re.search(r"^fuse_all_gather_matmul +\d+\.\d+$", rest, re.M)
 
 
-def test_explain_prints_a_table_or_json(saved):
-    table = fusewire("explain", saved, "-tp", 2, "-q", "fp8", "--tokens", 32)
+def test_explain_prints_a_table_or_json(saved, tmp_path):
+    table = forked(tmp_path, "explain", saved, "-tp", 2, "-q", "fp8", "--tokens", 32)
     assert (table.returncode, table.stderr) == (0, "")
     assert "model.layers.1.mlp.down_proj" in table.stdout and "5 of 6 collectives fused; a rank sends" in table.stdout
-    done = fusewire("explain", saved, "-tp", 2, "-q", "fp8", "--tokens", 32, "--json", "--no-enable-sp", "--plan", "sharded")
+    done = forked(tmp_path, "explain", saved, "-tp", 2, "-q", "fp8", "--tokens", 32, "--json", "--no-enable-sp",
+                  "--plan", "sharded")
     report = json.loads(done.stdout)
     assert len(report["sites"]) == 6 and report["plan"] == "replicated"
     assert "the rule split_all_reduce is switched off" in report["why"]
@@ -113,7 +84,7 @@ def test_verify_prints_json(saved, tmp_path):
 
 
 def test_tune_says_that_there_is_nothing_to_choose_on_a_cpu(saved, tmp_path):
-    done = fusewire("tune", saved, "-tp", 2, "-q", "fp8", "--device", "cpu", "-o", tmp_path / "tuning.json")
+    done = forked(tmp_path, "tune", saved, "-tp", 2, "-q", "fp8", "--device", "cpu", "-o", tmp_path / "tuning.json")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "nothing to choose on cpu: every op has one backend here, its reference; no file was written\n"
     assert not (tmp_path / "tuning.json").exists()
@@ -123,7 +94,7 @@ def test_strict_exits_3(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "m")
     quantized = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["model.layers.1.self_attn.v_proj"]}
     edit(folder, quantization_config=quantized)
-    assert fusewire("explain", saved, "-tp", 2, "-q", "fp8", "--tokens", 32, "--strict").returncode == 0
+    assert forked(tmp_path, "explain", saved, "-tp", 2, "-q", "fp8", "--tokens", 32, "--strict").returncode == 0
     done = fusewire("explain", folder, "-tp", 2, "--tokens", 32, "--strict")
     assert done.returncode == 3, done.stderr
     assert re.fullmatch(r"fusewire: strict: 1 of 6 collectives are not fused in the \w+ plan, the first in "

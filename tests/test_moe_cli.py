@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_cli import PROMPT, fusewire, tokenizer
+from command import forked, fusewire
+from test_cli import PROMPT, tokenizer
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -36,8 +37,8 @@ def test_verify_accepts(saved):
     assert done.stdout.count("logits bitwise equal; greedy tokens equal") == 2
 
 
-def test_explain_shows_both_transports(saved):
-    done = fusewire("explain", saved, "-tp", 4, "-q", "nvfp4", "--plan", "sharded", "--tokens", 4096, "--json")
+def test_explain_shows_both_transports(saved, tmp_path):
+    done = forked(tmp_path, "explain", saved, "-tp", 4, "-q", "nvfp4", "--plan", "sharded", "--tokens", 4096, "--json")
     assert done.returncode == 0, done.stderr
     sites = {s["module"]: s for s in json.loads(done.stdout)["sites"]}
     record = 32 + 4 + 16 + 4  # codes, scales, weights, ids
