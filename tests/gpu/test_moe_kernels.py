@@ -28,7 +28,7 @@ def test_kernels_have_their_references_numbers():
 @pytest.mark.parametrize("how", list(moe.CHOICES))
 @pytest.mark.parametrize(("hidden", "n", "k", "groups", "top"), [(2048, 128, 8, 1, 1), (7168, 256, 8, 8, 4), (640, 16, 4, 4, 2),
                                                                  (1024, 384, 6, 1, 1)])
-@pytest.mark.parametrize("tokens", [0, 1, 17, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 17, 300, 2500])
 def test_choices(how, hidden, n, k, groups, top, tokens):
     from fusewire.backends.triton import moe as triton
 

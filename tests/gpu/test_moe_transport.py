@@ -69,7 +69,7 @@ def everything(counts: list[int], hidden: int, route: tuple, fmt: str) -> list[T
 
 
 def pushed(x: Tensor, route: tuple, fmt: str, counts: list[int], name: str, wait: bool = True) -> list[Tensor]:
-    return transport.push(x, triton.logits(x, route[0]), params_of(fmt), *route, fmt, counts, name, wait)
+    return transport.push(x, triton.logits(x, route[0]), params_of(fmt), *route, fmt, counts, name, keep=True, wait=wait)
 
 
 def sizes(world: int) -> Iterator[tuple[int, str]]:

@@ -20,6 +20,7 @@ from .cuda import gemm
 from .transfer import join, on_side, prepare, why_not
 
 BLOCK = 2048  # elements that one of their programs takes at once
+CHUNK = 4  # blocks that are sent for one fence, if a program has more
 
 
 def nbytes(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
@@ -73,12 +74,15 @@ def pushed(y: Tensor, group: str, op: str = "matmul_reduce_scatter", counts: lis
     if (most := max(counts) * (row := y[:1].numel())) == 0:
         return out
     programs = min(transfer.most_programs(space), -(-most // BLOCK))
-    t = prepare(space, op, world * most * y.element_size(), programs * world)
+    blocks = -(-most // (BLOCK * programs))  # of a program
+    chunk = min(CHUNK, blocks)
+    chunks = -(-blocks // chunk)
+    t = prepare(space, op, world * most * y.element_size(), programs * world * chunks)
     starts, sizes = (tuple(n * row for n in values[rank:] + values[:rank])
                      for values in ([sum(counts[:r]) for r in range(world)], counts))
     transfer.start(
-        kernels.push_and_add, programs, t, y, out, starts, sizes, WORLD=world, LOOPBACK=space.loopback, BLOCK=BLOCK,
-        ALIGNED=all(n * y.element_size() % 16 == 0 for n in sizes), WAIT=wait)
+        kernels.push_and_add, programs, t, y, out, starts, sizes, chunks, WORLD=world, LOOPBACK=space.loopback, BLOCK=BLOCK,
+        CHUNK=chunk, ALIGNED=all(n * y.element_size() % 16 == 0 for n in sizes), WAIT=wait)
     return out
 
 

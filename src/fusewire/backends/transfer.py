@@ -122,11 +122,13 @@ def most_programs(space: Workspace) -> int:
     return 4 * device.processors(space.device)
 
 
-def start(kernel: Any, programs: int, t: Transfer, *args: Any, num_warps: int = WARPS, **constants: Any) -> None:
-    """Launch a kernel of triton/transfer.py. One that is not compiled yet is refused while a CUDA graph is captured."""
+def start(kernel: Any, programs: int, t: Transfer, *args: Any, num_warps: int = WARPS, registers: int = REGISTERS,
+          **constants: Any) -> None:
+    """Launch a kernel that begins or waits for a transfer. One that is not compiled yet is refused while a CUDA graph is
+    captured."""
     key = (t.op, kernel, num_warps, *sorted(constants.items()), t.space.device, *(_specialised(a) for a in args))
     device.warm_up(key, f"{t.op}: its kernel {kernel.__name__}")
-    kernel[(programs,)](*t.kernel_args(), *args, num_warps=num_warps, maxnreg=REGISTERS, **constants)
+    kernel[(programs,)](*t.kernel_args(), *args, num_warps=num_warps, maxnreg=registers, **constants)
 
 
 def _specialised(arg: Any) -> Any:

@@ -1,7 +1,10 @@
-"""dispatch and expert_parallel over a workspace: one kernel routes, quantizes and pushes; the experts run; one kernel pushes their
-shares and adds them."""
+"""dispatch and expert_parallel over a workspace: one kernel routes, quantizes and pushes; the experts read what has come where it
+lies; one kernel pushes their shares and adds them."""
 from __future__ import annotations
 
+import itertools
+
+import torch
 from torch import Tensor
 
 from ...group import kind
@@ -10,11 +13,10 @@ from ...ops.collectives import world_size
 from ...ops.moe import dispatch, expert_parallel, experts
 from .. import matmul_reduce_scatter, transfer, workspace
 from ..workspace import align
-from .launch import ROWS_PER_FLAG, counters, launch, processors
+from .launch import processors
 from .moe import TOKENS, logits, row_constants, row_shape, why_not_routed
 
 NAME = "dispatch"
-WARPS = 20  # on a multiprocessor at once, of as many programs as that makes
 
 
 def _why_not(x: Tensor, weight: Tensor, groups: int, top_groups: int, fmt: str, counts: list[int], group: str) -> str | None:
@@ -33,17 +35,25 @@ def _field_bytes(x: Tensor, weight: Tensor, k: int, fmt: str) -> list[int]:
 
 def push_bytes(x: Tensor, weight: Tensor, k: int, fmt: str, counts: list[int], group: str) -> int:
     """Bytes of the workspace that `push` needs: the same on every rank."""
-    rows, world = sum(counts) if counts else world_size(group) * x.shape[0], world_size(group)
-    need = rows * sum(_field_bytes(x, weight, k, fmt)) + 4 * 256
-    # of the flags, which are as many on each rank, there is one for each 128 rows
-    return max(need, world * max(counts) * workspace.BYTES_PER_FLAG) if counts else need
+    world = world_size(group)
+    need = (sum(counts) if counts else world * x.shape[0]) * sum(_field_bytes(x, weight, k, fmt)) + 4 * 256
+    # of the flags, which are as many on each rank, there is at most one for each task
+    return max(need, world * _tasks(max(counts)) * workspace.BYTES_PER_FLAG) if counts else need
+
+
+def _tasks(rows: int) -> int:
+    return -(-rows // TOKENS) * (1 + TOKENS)
 
 
 def push(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
-         scale: float, how: str, fmt: str, counts: list[int], group: str, wait: bool = True) -> list[Tensor]:
+         scale: float, how: str, fmt: str, counts: list[int], group: str, keep: bool = False, wait: bool = True) -> list[Tensor]:
     """`dispatch` of tokens whose logits (tokens, experts) float32 are known -> [*parts, ids, weights] of every rank's tokens.
 
+    They lie in the workspace, where peers have written them, until this rank begins its next exchange: what reads them must
+    have been started before, on the same stream.
+
     counts  tokens of each rank; empty: all hold as many
+    keep    copies them to memory of their own
     wait    False leaves out the wait for the peers, to show that tests notice
     """
     from . import moe_kernels
@@ -51,31 +61,27 @@ def push(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
     space = workspace.of(group)
     world, rank = space.world_size, space.rank
     counts = counts or [x.shape[0]] * world
-    total, most = sum(counts), max(1, -(-max(counts) // ROWS_PER_FLAG))
-    like = moe.record_like(x, weight, k, fmt)
-    fields = [t.new_empty((total, *t.shape[1:])) for t in like]
-    *parts, weights, ids = fields
-    if total:
-        space.need(NAME, push_bytes(x, weight, k, fmt, counts, group), world * most)
-        rows = _field_bytes(x, weight, k, fmt)
-        starts = [sum(counts[:r]) for r in range(world)]
-        turned = [tuple(16 * n for n in values[rank:] + values[:rank]) for values in (counts, starts)]
-        _, warps, _ = row_shape(x.shape[1])
-        resident = max(1, WARPS // warps)
-        programs = resident * processors(x)
-        share = next(n for n in (8, 4, 2, 1) if n == 1 or max(counts) >= n * programs)
-        copied = 1 if max(counts) <= programs // 4 else 8
-        copiers = min(max(1, -(-max(counts) // copied)), programs // 4)
-        senders = max(1, min(-(-max(counts) // TOKENS) + -(-max(counts) // share), programs - copiers))
-        scales_at = align(total * rows[0], 256)
-        weights_at = scales_at + align(total * rows[1], 256)
-        ids_at = weights_at + align(total * rows[2], 256)
-        constants = row_constants(x, weight, bias, k, groups, top_groups, how, fmt) | dict(
-            WORLD=world, LOOPBACK=space.loopback, DATA_ROW=rows[0], SCALES_ROW=rows[1],
-            CHOSEN=1 << (TOKENS * k - 1).bit_length(), WAIT=wait)
-        launch(moe_kernels.route_quantize_push, NAME, senders + copiers, warps, resident, space,
-               [x, scores, bias, params[0] if params else None, parts[0], parts[-1], weights, ids, counters(NAME, space)],
-               (*turned, scale, scales_at, weights_at, ids_at, share, copied, most, senders), constants)
+    like, total = moe.record_like(x, weight, k, fmt), sum(counts)
+    if total == 0:
+        *parts, weights, ids = like
+        return [*parts, ids, weights]
+    _, warps, registers = row_shape(x.shape[1])
+    # all are on the device at once, as they wait for those of the peers
+    programs = min(65536 // (32 * warps * registers) * processors(x), _tasks(max(counts)))
+    t = transfer.prepare(space, NAME, push_bytes(x, weight, k, fmt, counts, group), world * programs)
+    starts = [sum(counts[:r]) for r in range(world)]
+    turned = [tuple(16 * n for n in values[rank:] + values[:rank]) for values in (counts, starts)]
+    widths = _field_bytes(x, weight, k, fmt)
+    places = list(itertools.accumulate((align(total * n, 256) for n in widths), initial=0))
+    transfer.start(
+        moe_kernels.route_quantize_push, programs, t, x, scores, scores if bias is None else bias, params[0] if params else scores,
+        *turned, scale, *places[1:4], num_warps=warps, registers=registers, WORLD=world,
+        LOOPBACK=space.loopback, CHOSEN=1 << (TOKENS * k - 1).bit_length(), WAIT=wait,
+        **row_constants(x, weight, bias, k, groups, top_groups, how, fmt))
+    half = t.view(rank, 0, (places[-1],), torch.uint8)
+    half = half.clone() if keep else half
+    fields = [(p, n) for p, n in zip(places, widths, strict=False) if n]
+    *parts, weights, ids = (half[p:p + total * n].view(f.dtype).view(total, -1) for (p, n), f in zip(fields, like, strict=True))
     return [*parts, ids, weights]
 
 
@@ -93,7 +99,7 @@ def _why_not_dispatch(x: Tensor, params: list[Tensor], weight: Tensor, bias: Ten
                   nbytes=lambda x, *args: push_bytes(x, args[1], args[3], args[-2], [], args[-1]))
 def pushed(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
            scale: float, how: str, fmt: str, group: str) -> list[Tensor]:
-    return push(x, logits(x, weight), params, weight, bias, k, groups, top_groups, scale, how, fmt, [], group)
+    return push(x, logits(x, weight), params, weight, bias, k, groups, top_groups, scale, how, fmt, [], group, keep=True)
 
 
 def _why_not_experts(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
@@ -103,7 +109,7 @@ def _why_not_experts(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tens
 
 
 def _nbytes(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, *args) -> int:
-    """As much as dispatch and combine need together; they lie in regions of their own, and sizes may be symbolic."""
+    """As much as dispatch and combine need together: they have a half each, but symbolic sizes have no larger one."""
     fmt, counts, group = args[-3:]
     rows = max(counts) if counts else x.shape[0]
     return push_bytes(x, weight, k, fmt, counts, group) + world_size(group) * rows * x.shape[1] * x.element_size()

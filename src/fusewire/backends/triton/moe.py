@@ -16,7 +16,7 @@ TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128
         "nvfp4": (128, 256, 64)}
 """Format -> (rows, columns, depth) of the grouped matmul's tiles, where experts have rows enough to fill them."""
 LOGIT_PARTS = 8  # of a logit, added one after the other
-LOGIT_TILES = (64, 32), (64, 64), (128, 64), (128, 128)  # of the router's matmul; the smallest whose programs run all at once
+LOGIT_COLUMNS, FEW_LOGITS = 128, 2048  # columns of the router's tiles; rows up to which each program has one of the parts
 FEW = 64  # rows of an expert, for which narrow tiles bring the weights by all multiprocessors
 
 
@@ -64,13 +64,13 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     rows, n = x.shape[0], weight.shape[0]
     out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
     if rows:
-        split = rows <= 512  # too few tiles for all multiprocessors
-        height, width = (64, 64) if split else next((h, w) for h, w in LOGIT_TILES if -(-rows // h) * -(-n // w) <= processors(x)
-                                                    or (h, w) == LOGIT_TILES[-1])
+        split = rows <= FEW_LOGITS  # too few tiles for all multiprocessors
+        columns, each = -(-n // LOGIT_COLUMNS), LOGIT_PARTS if split else 1
+        height = 64 if -(-rows // 64) * columns * each <= processors(x) else 128
         parts = out.new_empty(LOGIT_PARTS, rows, n) if split else out
-        moe_kernels.router_logits[-(-rows // height), -(-n // width), LOGIT_PARTS if split else 1](
-            x, weight, parts, rows, HIDDEN=x.shape[1], EXPERTS=n, X_STRIDE=x.stride(0), ROWS=height, COLUMNS=width, DEPTH=64,
-            PARTS=LOGIT_PARTS, SPLIT=split, num_warps=8 if height > 64 else 4, num_stages=4)
+        moe_kernels.router_logits[-(-rows // height), columns, each](
+            x, weight, parts, rows, HIDDEN=x.shape[1], EXPERTS=n, X_STRIDE=x.stride(0), ROWS=height, COLUMNS=LOGIT_COLUMNS,
+            DEPTH=64, PARTS=LOGIT_PARTS, SPLIT=split, num_warps=height // 16, num_stages=4)
         if split:
             moe_kernels.add_parts[-(-out.numel() // 1024),](parts, out, out.numel(), PARTS=LOGIT_PARTS, BLOCK=1024, num_warps=4)
     return out
@@ -93,7 +93,7 @@ def pack(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
     if rows:
         _, warps, registers = row_shape(hidden)
         share = 1 if rows <= 8 * processors(x) else 2
-        moe_kernels.route_quantize_pack[-(-rows // TOKENS) + -(-rows // share),](
+        moe_kernels.route_quantize_pack[-(-rows // TOKENS) * (1 + TOKENS // share),](
             x, scores, scores if bias is None else bias, params[0] if params else scores, out, rows, scale, share,
             **row_constants(x, weight, bias, k, groups, top_groups, how, fmt), RECORD=sum(widths), SCALES_AT=widths[0],
             WEIGHTS_AT=sum(widths[:-2]), num_warps=warps, maxnreg=registers)

@@ -4,25 +4,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import (
-    ROWS_PER_FLAG,
-    _amax,
-    _at,
-    _below,
-    _bits,
-    _came_last,
-    _count_in,
-    _epoch,
-    _inverse,
-    _larger,
-    _leave_epoch,
-    _quantized,
-    _scale_of,
-    _set_if,
-    _store_parts,
-    _wait,
-    _wide,
-)
+from .kernels import _amax, _below, _bits, _inverse, _larger, _quantized, _scale_of, _store_parts, _wide
+from .transfer import _begin, _signal, _wait_all
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -32,17 +15,17 @@ def router_logits(x, w, out, rows, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, 
     (PARTS, rows, EXPERTS), whose sum that is.
 
     HIDDEN is cut into PARTS, each added up by itself, and then one after the other: a row's bits depend neither on the others nor
-    on how the work is shared.
+    on how the work is shared, as long as COLUMNS, the width of a tensor core's instruction, stays the same.
     """
     PART: tl.constexpr = (HIDDEN + PARTS * DEPTH - 1) // (PARTS * DEPTH) * DEPTH
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
-    first = tl.program_id(2) * PART
     from_x = x + row[:, None].to(tl.int64) * X_STRIDE + at[None, :]
     from_w = w + column[None, :] * HIDDEN + at[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(1 if SPLIT else PARTS):
+    for i in range(1 if SPLIT else PARTS):
+        first = (tl.program_id(2) + i) * PART
         part = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(first, tl.minimum(first + PART, HIDDEN), DEPTH):
             inside = _below(at + k, HIDDEN, (HIDDEN + DEPTH - 1) // DEPTH * DEPTH)
@@ -50,7 +33,6 @@ def router_logits(x, w, out, rows, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, 
             b = tl.load(from_w + k, mask=(column < EXPERTS)[None, :] & inside[:, None], other=0.0)
             part = tl.dot(a, b, part)
         total += part
-        first += PART
     to = out + (tl.program_id(2) * rows + row)[:, None].to(tl.int64) * EXPERTS + column[None, :]
     tl.store(to, total, mask=(row < rows)[:, None] & (column < EXPERTS)[None, :])
 
@@ -100,9 +82,15 @@ def _choose(logits, bias, first, rows, scale, to_ids, to_weights, K: tl.constexp
     token = first + tl.arange(0, TOKENS)
     expert = tl.arange(0, BLOCK)
     there = expert < EXPERTS
-    at = token[:, None].to(tl.int64) * EXPERTS + expert[None, :]
     minus = float("-inf")
-    x = tl.load(logits + at, mask=(token < rows)[:, None] & there[None, :], other=minus)
+    from_logits = logits + token[:, None].to(tl.int64) * EXPERTS
+    if BLOCK == 256:  # 128 are as many as a warp loads at once: of more, Triton would give each row to two
+        half = from_logits + tl.arange(0, 128)[None, :]
+        low = tl.load(half, mask=(token < rows)[:, None] & (tl.arange(0, 128) < EXPERTS)[None, :], other=minus)
+        high = tl.load(half + 128, mask=(token < rows)[:, None] & (tl.arange(128, 256) < EXPERTS)[None, :], other=minus)
+        x = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (TOKENS, BLOCK))
+    else:
+        x = tl.load(from_logits + expert[None, :], mask=(token < rows)[:, None] & there[None, :], other=minus)
     if SIGMOID:
         p = 1.0 / (1.0 + tl.exp(-x))
         c = p
@@ -207,19 +195,21 @@ def route_quantize_pack(
 ):
     """Records (rows, RECORD) of x (rows, HIDDEN) and its logits (rows, EXPERTS).
 
-    The first ceil(rows / TOKENS) programs choose experts, TOKENS tokens each; each of the others packs `share` rows.
+    Of 1 + TOKENS // share programs the first chooses experts for TOKENS tokens, each of the others packs `share` of their rows: all
+    along, those that compute run beside those that wait for memory.
     """
-    choosers = tl.cdiv(rows, TOKENS)
+    each = 1 + TOKENS // share
     program = tl.program_id(0)
-    if program < choosers:
+    start = program // each * TOKENS
+    if program % each == 0:
         WIDTH: tl.constexpr = 1 if EXPERTS <= 256 else 2
         to_ids = (records + WEIGHTS_AT + 4 * K).to(tl.pointer_type(tl.uint8 if WIDTH == 1 else tl.int16))
         to_weights = (records + WEIGHTS_AT).to(tl.pointer_type(tl.float32))
-        _choose(logits, bias, program * TOKENS, rows, scale, to_ids, to_weights, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED,
+        _choose(logits, bias, start, rows, scale, to_ids, to_weights, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED,
                 HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, RECORD // WIDTH, RECORD // 4)
     else:
         param, inverse = _given(parameter, FMT)
-        start = (program - choosers) * share
+        start += (program % each - 1) * share
         for r in range(start, tl.minimum(start + share, rows)):
             row = tl.cast(r, tl.int64)
             pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
@@ -235,121 +225,66 @@ def route_quantize_pack(
 
 
 @triton.jit
-def _copy(source, to, first, rows, ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy rows `first` and following, of ROW bytes, from an address, a multiple of 16, to contiguous rows."""
-    UNIT: tl.constexpr = 4 if ROW % 4 == 0 else 1
-    T: tl.constexpr = tl.int32 if UNIT == 4 else tl.uint8
-    start = first * (ROW // UNIT)
-    n = rows * (ROW // UNIT)
-    of = tl.multiple_of(source, 16).to(tl.pointer_type(T)) + start
-    into = to.to(tl.pointer_type(T)) + start
-    for b in range(0, n, BLOCK):
-        at = b + tl.arange(0, BLOCK)
-        tl.store(into + at, tl.load(of + at, mask=at < n, cache_modifier=".cg"), mask=at < n)
+def _typed(address, T: tl.constexpr):
+    """An int64 address, a multiple of 16, as a pointer."""
+    return tl.multiple_of(address.to(tl.pointer_type(T)), 16)
 
 
-@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "scale", "scales_at", "weights_at", "ids_at",
-                               "share", "copied", "most", "senders"])
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns", "scale", "scales_at", "weights_at", "ids_at"])
 def route_quantize_push(
-    x, logits, bias, parameter, data, scales, weights, ids, counters,
-    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns,
-    counts, starts, scale, scales_at, weights_at, ids_at, share, copied, most, senders,
+    data, flags, entered, state, last, report, half, rank, op, limit_ns,
+    x, logits, bias, parameter, counts, starts, scale, scales_at, weights_at, ids_at,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr,
-    FMT: tl.constexpr, DATA_ROW: tl.constexpr, SCALES_ROW: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
+    FMT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHOSEN: tl.constexpr, WAIT: tl.constexpr,
 ):
-    """What `route_quantize_pack` makes, of every rank's rows, part by part instead of record by record.
+    """What `route_quantize_pack` makes, of every rank's rows, part by part instead of record by record, in every rank's half.
 
     x, logits      of this rank's rows, which need not be as many on each rank
-    data, scales   the parts of FMT, rows of DATA_ROW and SCALES_ROW bytes, contiguous, of all ranks' rows in rank order
-    weights, ids   (rows of all ranks, K), likewise
-    counters       int32 (ceil(rows / ROWS_PER_FLAG),), all 0
     counts, starts 16 times the rows of each rank, and those before them, in the order rank, rank + 1, ... (Triton compiles a
                    kernel for each set of numbers in a tuple that are 1 or divisible by 16: these all are the latter)
-    share          rows that a program does for one fence: a divisor of ROWS_PER_FLAG
-    most           flags that the rank with the most rows has
-    copied         rows that a program copies at once, likewise
-    senders        programs that send; the others copy what has come, so that the wire need not wait for that
     CHOSEN         power of two, at least TOKENS * K
 
-    The half of the epoch has the four tensors one behind the other, from bytes 0, scales_at, weights_at and ids_at on. Rank s sets
-    flag `s * most + r // ROWS_PER_FLAG` once these rows of its own have come; a rank without rows sets its first.
+    A half has the parts of FMT, weights (rows of all ranks, K) and ids, each of all ranks' rows in rank order and contiguous, from
+    bytes 0, scales_at, weights_at and ids_at on. A task is to choose for TOKENS tokens or to send one. A program signals once, when
+    it has sent all, as a fence waits until the wire has taken it; nobody copies, so nobody need be told earlier: what runs next on
+    this stream reads the half.
     """
-    pid = tl.program_id(0)
-    epoch = _epoch(state)
-    tl.debug_barrier()
-    counted = _count_in(state)
-    parity = (epoch & 1).to(tl.int64)
-    half = parity * nbytes
-    flags_at = parity * flag_count * 4
-    if pid < senders:
-        param, inverse = _given(parameter, FMT)
-        rows = counts[0] // 16
-        own = (starts[0] // 16).to(tl.int64)
-        if (rows == 0) & (pid == 0):
-            for i in tl.static_range(1, WORLD):
-                _set_if(1, peer_flags[i] + flags_at + rank * most * 4, epoch)
-        a_block = ROWS_PER_FLAG // TOKENS + ROWS_PER_FLAG // share
-        rest = rows % ROWS_PER_FLAG
-        tasks = rows // ROWS_PER_FLAG * a_block + tl.cdiv(rest, TOKENS) + tl.cdiv(rest, share)
-        for task in range(pid, tasks, senders):
-            block = task // a_block
-            nth = task % a_block
-            start = block * ROWS_PER_FLAG
-            of_block = tl.minimum(ROWS_PER_FLAG, rows - start)
-            choosers = tl.cdiv(of_block, TOKENS)
-            if nth < choosers:
-                first = start + nth * TOKENS
-                _choose(logits, bias, first, rows, scale, ids + own * K, weights + own * K, K, GROUPS, TOP_GROUPS, SIGMOID,
-                        RENORMALIZED, HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, K, K)
-                tl.debug_barrier()
-                at = first * K + tl.arange(0, CHOSEN)
-                inside = at < tl.minimum(first + TOKENS, rows) * K
-                chosen = tl.load(ids + own * K + at, mask=inside)
-                weight = tl.load(weights + own * K + at, mask=inside)
-                for i in tl.static_range(1, WORLD):
-                    to = peer_data[i] + half
-                    before = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) * K
-                    tl.store(_at(to + ids_at, ids) + before + at, chosen, mask=inside)
-                    tl.store(_at(to + weights_at, weights) + before + at, weight, mask=inside)
-            else:
-                first = start + (nth - choosers) * share
-                for r in range(first, tl.minimum(first + share, start + of_block)):
-                    row = tl.cast(r, tl.int64)
-                    pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
-                    param, inverse = _own(pieces, param, inverse, FMT)
-                    for p in tl.static_range(len(pieces)):
-                        codes, factor = _quantized_piece(pieces[p], param, inverse, FMT)
-                        _store_piece(codes, factor, data, scales, own + row, p, HIDDEN, PIECE, FMT)
-                        for i in tl.static_range(1, WORLD):
-                            to = peer_data[i] + half
-                            at = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) + row
-                            _store_piece(codes, factor, _at(to, data), _at(to + scales_at, scales), at, p, HIDDEN, PIECE, FMT)
+    rows = counts[0] // 16
+    param, inverse = _given(parameter, FMT)
+    epoch = _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
+    IDS: tl.constexpr = tl.uint8 if EXPERTS <= 256 else tl.int16
+    for task in range(tl.program_id(0), tl.cdiv(rows, TOKENS) * (1 + TOKENS), tl.num_programs(0)):
+        first = task // (1 + TOKENS) * TOKENS
+        nth = task % (1 + TOKENS)
+        row = (first + nth - 1).to(tl.int64)
+        if nth == 0:
+            before = (starts[0] // 16).to(tl.int64) * K
+            ids, weights = _typed(data[0] + ids_at, IDS), _typed(data[0] + weights_at, tl.float32)
+            _choose(logits, bias, first, rows, scale, ids + before, weights + before, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED,
+                    HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, K, K)
             tl.debug_barrier()
-            last = _came_last(counters + block, choosers + tl.cdiv(of_block, share))
+            at = first * K + tl.arange(0, CHOSEN)
+            inside = at < tl.minimum(first + TOKENS, rows) * K
+            chosen = tl.load(ids + before + at, mask=inside)
+            weight = tl.load(weights + before + at, mask=inside)
             for i in tl.static_range(1, WORLD):
-                source = (rank + i) % WORLD if LOOPBACK else rank
-                _set_if(last, peer_flags[i] + flags_at + (source * most + block) * 4, epoch)
-    else:
-        here = peer_data[0] + half
-        for group in range(pid - senders, most * (ROWS_PER_FLAG // copied), tl.num_programs(0) - senders):
-            first = group * copied
-            for i in tl.static_range(1, WORLD):
-                peer = (rank + i) % WORLD
-                rows = counts[i] // 16
-                if first < tl.maximum(rows, 1):
-                    if WAIT:
-                        flag = peer_flags[0] + flags_at + (peer * most + first // ROWS_PER_FLAG) * 4
-                        _wait(flag, epoch, first, peer, report, op, limit_ns, 1)
-                    n = tl.minimum(copied, rows - first)
-                    row = (starts[i] // 16 + first).to(tl.int64)
-                    _copy(here, data, row, n, DATA_ROW, 2048)
-                    if SCALES_ROW > 0:
-                        _copy(here + scales_at, scales, row, n, SCALES_ROW, 512)
-                    _copy(here + weights_at, weights, row, n, 4 * K, 128)
-                    _copy(here + ids_at, ids, row, n, K if EXPERTS <= 256 else 2 * K, 128)
-    _leave_epoch(state, counted)
+                there = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) * K + at
+                tl.store(_typed(data[i] + ids_at, IDS) + there, chosen, mask=inside)
+                tl.store(_typed(data[i] + weights_at, tl.float32) + there, weight, mask=inside)
+        elif row < rows:
+            pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
+            own, own_inverse = _own(pieces, param, inverse, FMT)
+            for p in tl.static_range(len(pieces)):
+                codes, factor = _quantized_piece(pieces[p], own, own_inverse, FMT)
+                for i in tl.static_range(0, WORLD):
+                    to = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) + row
+                    _store_piece(codes, factor, _typed(data[i], codes.dtype), _typed(data[i] + scales_at, factor.dtype), to, p,
+                                 HIDDEN, PIECE, FMT)
+    _signal(epoch, flags, rank, WORLD, LOOPBACK)
+    if WAIT:
+        _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
 
 
 @triton.jit(do_not_specialize=["rows"])

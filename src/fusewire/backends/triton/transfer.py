@@ -70,27 +70,28 @@ def wait(data, flags, entered, state, last, report, half, rank, op, limit_ns, in
 def _at(address, start, like, ALIGNED: tl.constexpr):
     """Pointer to elements like those of `like`, `start` of them after the address."""
     to = address + tl.cast(start, tl.int64) * (like.dtype.element_ty.primitive_bitwidth // 8)
+    to = to.to(tl.pointer_type(like.dtype.element_ty))
     if ALIGNED:
-        to = tl.multiple_of(to, 16)
-    return to.to(tl.pointer_type(like.dtype.element_ty))
+        to = tl.multiple_of(to, 16)  # of the pointer: what is said of the number is lost, and elements are stored one by one
+    return to
 
 
 @triton.jit
-def _signal(epoch, flags, rank, WORLD: tl.constexpr, LOOPBACK: tl.constexpr):
-    """Tell every peer that what this program stored is there."""
+def _signal(epoch, flags, rank, WORLD: tl.constexpr, LOOPBACK: tl.constexpr, chunk=0, chunks=1):
+    """Tell every peer that what this program stored is there, the `chunk`-th of `chunks` times."""
     tl.debug_barrier()  # the stores of all threads come before the release of one
     for i in tl.static_range(1, WORLD):
         slot = (rank + i) % WORLD if LOOPBACK else rank
-        flag = flags[i] + (slot * tl.num_programs(0) + tl.program_id(0)) * 4
+        flag = flags[i] + ((slot * chunks + chunk) * tl.num_programs(0) + tl.program_id(0)) * 4
         tl.atomic_xchg(flag.to(tl.pointer_type(tl.int32)), epoch, sem="release", scope="sys")
 
 
 @triton.jit
-def _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD: tl.constexpr):
-    """Until the programs of the peers with this one's number have signalled."""
+def _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD: tl.constexpr, chunk=0, chunks=1):
+    """Until the programs of the peers with this one's number have signalled, likewise."""
     for i in tl.static_range(1, WORLD):
         peer = (rank + i) % WORLD
-        flag = flags[0] + (peer * tl.num_programs(0) + tl.program_id(0)) * 4
+        flag = flags[0] + ((peer * chunks + chunk) * tl.num_programs(0) + tl.program_id(0)) * 4
         _wait(flag.to(tl.pointer_type(tl.int32)), epoch, tl.program_id(0), peer, report, op, limit_ns, 1)
 
 
@@ -142,38 +143,50 @@ def _scatter(v, i, at, n, data, rank, like, WORLD: tl.constexpr, LOOPBACK: tl.co
     tl.store(_at(data[i], tl.cast(slot, tl.int64) * n, like, ALIGNED) + at, v, mask=at < n)
 
 
-@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
-def push_and_add(data, flags, entered, state, last, report, half, rank, op, limit_ns, y, out, starts, sizes,
-                WORLD: tl.constexpr, LOOPBACK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WAIT: tl.constexpr):
+@triton.jit
+def _block(b, BLOCK: tl.constexpr):
+    return tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns", "chunks"])
+def push_and_add(data, flags, entered, state, last, report, half, rank, op, limit_ns, y, out, starts, sizes, chunks,
+                 WORLD: tl.constexpr, LOOPBACK: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+                 WAIT: tl.constexpr):
     """reduce_scatter of y to out: chunks of y, sizes[i] elements from starts[i] on, in the order rank, rank + 1, ..., go to their
-    owners' slots, then each owner adds them."""
+    owners' slots, and each owner adds them.
+
+    A program has at most `chunks` times CHUNK blocks of each. When it has sent CHUNK of them it says so, and adds those before,
+    which the peers have sent by then: so most is added while the wire is busy. On every rank `chunks` is the same.
+    """
     n = sizes[0]
-    mine = y + tl.cast(starts[0], tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    step = tl.num_programs(0) * BLOCK
-    # under way before the epoch is asked for
-    first = tl.load(y + tl.cast(starts[1], tl.int64) + at, mask=at < sizes[1])
+    mine, to_first = y + tl.cast(starts[0], tl.int64), y + tl.cast(starts[1], tl.int64)
+    step = tl.num_programs(0)
+    sending = tl.program_id(0)
+    adding = sending
+    at = _block(sending, BLOCK)
+    v = tl.load(to_first + at, mask=at < sizes[1])  # under way before the epoch is asked for
     own = tl.load(mine + at, mask=at < n)
     epoch = _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
-    _scatter(first, 1, at, sizes[1], data, rank, y, WORLD, LOOPBACK, ALIGNED)
-    for i in tl.static_range(2, WORLD):
-        v = tl.load(y + tl.cast(starts[i], tl.int64) + at, mask=at < sizes[i])
-        _scatter(v, i, at, sizes[i], data, rank, y, WORLD, LOOPBACK, ALIGNED)
-    most = sizes[1]
-    for i in tl.static_range(2, WORLD):
-        most = tl.maximum(most, sizes[i])
-    for b in range(tl.program_id(0) + tl.num_programs(0), tl.cdiv(most, BLOCK), tl.num_programs(0)):
-        later = tl.cast(b, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        for i in tl.static_range(1, WORLD):
-            v = tl.load(y + tl.cast(starts[i], tl.int64) + later, mask=later < sizes[i])
-            _scatter(v, i, later, sizes[i], data, rank, y, WORLD, LOOPBACK, ALIGNED)
-    _signal(epoch, flags, rank, WORLD, LOOPBACK)
-    if WAIT:
-        _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
-    for _ in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
-        _sum(own, out, n, at, data, rank, WORLD, ALIGNED)
-        at += step
-        own = tl.load(mine + at, mask=at < n)
+    for chunk in range(chunks + 1):
+        if chunk < chunks:
+            for _ in range(CHUNK):
+                at = _block(sending, BLOCK)
+                _scatter(v, 1, at, sizes[1], data, rank, y, WORLD, LOOPBACK, ALIGNED)
+                for i in tl.static_range(2, WORLD):
+                    to_other = tl.load(y + tl.cast(starts[i], tl.int64) + at, mask=at < sizes[i])
+                    _scatter(to_other, i, at, sizes[i], data, rank, y, WORLD, LOOPBACK, ALIGNED)
+                sending += step
+                at = _block(sending, BLOCK)
+                v = tl.load(to_first + at, mask=at < sizes[1])
+            _signal(epoch, flags, rank, WORLD, LOOPBACK, chunk, chunks)
+        if chunk > 0:
+            if WAIT:
+                _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD, chunk - 1, chunks)
+            for _ in range(CHUNK):
+                _sum(own, out, n, _block(adding, BLOCK), data, rank, WORLD, ALIGNED)
+                adding += step
+                at = _block(adding, BLOCK)
+                own = tl.load(mine + at, mask=at < n)
 
 
 @triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns"])
