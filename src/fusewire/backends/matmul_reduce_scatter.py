@@ -75,7 +75,7 @@ def pushed(y: Tensor, group: str, op: str = "matmul_reduce_scatter", counts: lis
         return out
     programs = min(transfer.most_programs(space), -(-most // BLOCK))
     blocks = -(-most // (BLOCK * programs))  # of a program
-    chunk = min(CHUNK, blocks)
+    chunk = CHUNK if blocks > 1 else 1
     chunks = -(-blocks // chunk)
     t = prepare(space, op, world * most * y.element_size(), programs * world * chunks)
     starts, sizes = (tuple(n * row for n in values[rank:] + values[:rank])

@@ -23,6 +23,7 @@ HOW = "grouped_sigmoid_renormalized"
 PACK_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 LOCAL = 8  # experts of a rank whose matmuls are timed; 32 ranks would hold all
 ROWS_AN_EXPERT = (8, 32, 128, 512, 1024, 2048, 4096)
+_PADDING = (32, 128, 256)  # rows to which an expert's are padded for cuBLAS, which does not take all numbers with scales
 
 
 def _in_turns(calls: list[Callable[[], object]]) -> Callable[[], object]:
@@ -73,11 +74,12 @@ def _sizes(rows: int, skewed: bool) -> list[int]:
     return [sizes[0] + total - sum(sizes), *sizes[1:]]
 
 
-def _candidates(fmt: str, sizes: list[int], device: torch.device) -> dict[str, Callable[[], Tensor]]:
+def _candidates(fmt: str, sizes: list[int], device: torch.device, out: dict[str, None]) -> dict[str, Callable[[], Tensor]]:
     """The grouped matmul and what it is compared with: a loop over experts, and one matmul of as many operations."""
     total = sum(sizes)
     f = formats.get(fmt)
-    x = [p.to(device) for p in f.quantize(torch.randn(total, HIDDEN, device=device).bfloat16(), [])]
+    padded = [p.to(device) for p in f.quantize(torch.randn(total + _PADDING[-1], HIDDEN, device=device).bfloat16(), [])]
+    x = [p[:total] for p in padded]
     ws = [f.quantize_weight(torch.randn(MID, HIDDEN, device=device).bfloat16() / HIDDEN**0.5) for _ in range(LOCAL)]
     w = [torch.stack(p) for p in zip(*ws, strict=True)]
     ends = torch.tensor(sizes, device=device).cumsum(0)
@@ -89,12 +91,36 @@ def _candidates(fmt: str, sizes: list[int], device: torch.device) -> dict[str, C
         if hasattr(torch.nn.functional, "grouped_mm"):
             offsets, wide = ends.int(), w[0].transpose(1, 2)
             found["grouped_mm"] = lambda: torch.nn.functional.grouped_mm(x[0], wide, offs=offsets)
-    elif fmt == "fp8_token":
-        def scaled(a: int, b: int, e: int) -> Tensor:
-            return torch._scaled_mm(x[0][a:b], w[0][e].t(), scale_a=x[1][a:b], scale_b=w[1][e].t(), out_dtype=torch.bfloat16)
+        return found
 
-        found["loop"] = lambda: [scaled(a, b, e) for e, (a, b) in enumerate(spans) if a < b][-1]
-        found["single"] = lambda: scaled(0, total, 0)
+    def scaled(start: int, n: int, e: int, of_x: Tensor) -> Tensor:
+        rows, of_w = padded[0][start:start + n], w[1][e].t()
+        return torch._scaled_mm(rows, w[0][e].t(), scale_a=of_x, scale_b=of_w, out_dtype=torch.bfloat16)
+
+    def scales(start: int, n: int) -> Tensor:
+        """Of rows; by blocks, cuBLAS takes them column by column."""
+        of_x = padded[1][start:start + n]
+        return of_x if fmt == "fp8_token" else of_x.t().contiguous().t()
+
+    def taken(start: int, n: int, e: int) -> tuple[int, int, int, Tensor]:
+        """The first matmul of n rows or a few more that cuBLAS does; a RuntimeError if there is none."""
+        for rows in (n, *(p for p in _PADDING if p > n)):
+            try:
+                call = start, rows, e, scales(start, rows)
+                scaled(*call)
+                return call
+            except RuntimeError as why:
+                refused = why
+        raise refused
+
+    try:
+        single = taken(0, total, 0)
+        each = [taken(a, b - a, e) for e, (a, b) in enumerate(spans) if a < b]
+    except RuntimeError as why:
+        out[f"loop and single of {fmt}: {str(why).splitlines()[0]}"] = None
+        return found
+    found["loop"] = lambda: [scaled(*call) for call in each][-1]
+    found["single"] = lambda: scaled(*single)
     return found
 
 
@@ -106,11 +132,11 @@ def grouped_lines(device: torch.device, out: dict[str, None], rows: tuple[int, .
             for n in rows:
                 for skewed in (False, True):
                     sizes = _sizes(n, skewed)
-                    calls = _candidates(fmt, sizes, device)
+                    calls = _candidates(fmt, sizes, device, out)
                     for name, call in list(calls.items()):
                         try:
                             call()
-                        except RuntimeError as e:  # cuBLAS does not take every number of rows
+                        except RuntimeError as e:
                             out[f"{name} of {fmt}: {str(e).splitlines()[0]}"] = None
                             del calls[name]
                     us = timing.measure(calls, group, rounds=3, device=device)

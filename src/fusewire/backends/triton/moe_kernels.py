@@ -297,9 +297,10 @@ def grouped_matmul(
     x and w are descriptors, w's of (EXPERTS * n, K), by which the copy engine of a multiprocessor brings (ROWS, DEPTH) and
     (COLUMNS, DEPTH): what is behind an expert's last row or column is another's, or zero, and is not stored.
     Persistent: programs walk the same list of (expert, tile) pairs, each taking every num_programs-th, so no expert is padded
-    to another's rows. FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block": x_scale (rows, K / 128),
-    w_scale (EXPERTS, ceil(n / 128), K / 128), and DEPTH is 128; "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times
-    scales: x_parameter, one or (if EACH) one for each expert, times w_parameter (EXPERTS,).
+    to another's rows. FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block", with DEPTH 128 and COLUMNS a
+    divisor of it: x_scale (rows, K / 128), w_scale (EXPERTS, ceil(n / 128), K / 128), by which each 128 of K are multiplied before
+    they are added; "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times scales: x_parameter, one or (if EACH) one for each
+    expert, times w_parameter (EXPERTS,).
     """
     tile = tl.program_id(0)
     before = 0  # tiles of earlier experts
@@ -318,14 +319,13 @@ def grouped_matmul(
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             if FMT == "fp8_block":
                 x_scales = x_scale + row.to(tl.int64) * BLOCKS
-                w_scales = w_scale + (tl.cast(expert, tl.int64) * tl.cdiv(n, 128) + column // 128) * BLOCKS
+                w_scales = w_scale + (tl.cast(expert, tl.int64) * tl.cdiv(n, 128) + first_column // 128) * BLOCKS
             for k in range(0, K, DEPTH):
                 a = x.load([first_row, k])
                 b = w.load([expert * n + first_column, k]).T
                 if FMT == "fp8_block":
                     sx = tl.load(x_scales + k // 128, mask=row < end, other=0.0)
-                    sw = tl.load(w_scales + k // 128, mask=column < n, other=0.0)
-                    total += tl.dot(a, b) * (sx[:, None] * sw[None, :])
+                    total += tl.dot(a, b) * (sx * tl.load(w_scales + k // 128))[:, None]
                 else:
                     total = tl.dot(a, b, total)
             if FMT == "fp8_token":
