@@ -84,7 +84,9 @@ def _candidates(fmt: str, sizes: list[int], device: torch.device, out: dict[str,
     w = [torch.stack(p) for p in zip(*ws, strict=True)]
     ends = torch.tensor(sizes, device=device).cumsum(0)
     spans = list(itertools.pairwise([0, *ends.tolist()]))
-    found: dict[str, Callable[[], Tensor]] = {"triton": lambda: triton.grouped_matmul(x, [], w, ends, fmt, torch.bfloat16)}
+    found: dict[str, Callable[[], Tensor]] = {
+        "triton": lambda: triton.by_tiles(x, [], w, ends, fmt, torch.bfloat16, False),
+        "flat": lambda: triton.by_tiles(x, [], w, ends, fmt, torch.bfloat16, True)}
     if fmt == "bf16":
         found["loop"] = lambda: [torch.mm(x[0][a:b], v.t()) for (a, b), v in zip(spans, w[0], strict=True)][-1]
         found["single"] = lambda: torch.mm(x[0], w[0][0].t())
@@ -171,14 +173,14 @@ def _check_pack(device: torch.device, fmt: str) -> str:
     return "" if off <= 1e-4 else f"weights are off by up to {off:.2e}"
 
 
-def _check_grouped(device: torch.device, fmt: str) -> str:
-    f, sizes, k, n = formats.get(fmt), [0, 5, 130, 0, 1, 64], 512, 384
+def _check_grouped(device: torch.device, fmt: str, sizes: list[int], flat: bool) -> str:
+    f, k, n = formats.get(fmt), 512, 1920
     y = torch.randn(sum(sizes) + 9, k, device=device).bfloat16()
     params = [p.to(device) for p in f.params_from_amax(y.abs().amax().float())] if f.params_from_amax else []
     ws = [f.quantize_weight(torch.randn(n, k, device=device).bfloat16()) for _ in sizes]
     stacked = [torch.stack(p) for p in zip(*ws, strict=True)]
     call = (f.quantize(y, params), params, stacked, torch.tensor(sizes, device=device).cumsum(0), fmt, torch.bfloat16)
-    got, ref = triton.grouped_matmul(*call).double(), moe.grouped_matmul.reference(*call).double()
+    got, ref = triton.by_tiles(*call, flat).double(), moe.grouped_matmul.reference(*call).double()
     if got[sum(sizes):].abs().max() > 0:
         return "rows of no expert are not zero"
     off = float((got - ref).norm() / ref.norm())
@@ -189,7 +191,11 @@ def check(device: torch.device) -> list[str]:
     """What is wrong with the kernels' numbers, before any time is worth something."""
     checks: dict[str, Callable[[], str]] = {"logits": lambda: _check_rows(device)}
     checks |= {f"pack {name}": partial(_check_pack, device, name) for name, f in formats.FORMATS.items() if f.layout == "linear"}
-    checks |= {f"grouped_matmul {name}": partial(_check_grouped, device, name) for name in triton.TILE}
+    for name in triton.TILE:  # few rows, and more tiles than programs
+        checks[f"grouped_matmul {name}"] = partial(_check_grouped, device, name, [0, 5, 130, 0, 1, 64], False)
+        for flat in (False, True):
+            checks[f"grouped_matmul {name}, many{', flat' if flat else ''}"] = partial(
+                _check_grouped, device, name, [0, 700, 1300, 0, 1, 2000], flat)
     found = []
     for name, run in checks.items():
         try:

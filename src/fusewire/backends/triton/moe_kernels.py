@@ -287,60 +287,70 @@ def route_quantize_push(
         _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
 
 
+@triton.jit
+def _tile(tile, listed, starts, ends, tiles, until, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(expert, first row, first column, end of the expert's rows) of a tile in the list of all experts' tiles."""
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    this = listed == expert
+    own = tile - tl.sum(tl.where(this, until - tiles, 0), 0)
+    first_row = tl.sum(tl.where(this, starts, 0), 0) + own // columns * ROWS
+    return expert, first_row, own % columns * COLUMNS, tl.sum(tl.where(this, ends, 0), 0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def grouped_matmul(
     x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_parameter, EACH: tl.constexpr, EXPERTS: tl.constexpr,
-    K: tl.constexpr, FMT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr, K: tl.constexpr, FMT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, FLAT: tl.constexpr,
 ):
     """out (rows, n) = each expert's rows of x (rows, K) times its own w (n, K); zero behind the last expert's.
 
     x and w are descriptors, w's of (EXPERTS * n, K), by which the copy engine of a multiprocessor brings (ROWS, DEPTH) and
     (COLUMNS, DEPTH): what is behind an expert's last row or column is another's, or zero, and is not stored.
     Persistent: programs walk the same list of (expert, tile) pairs, each taking every num_programs-th, so no expert is padded
-    to another's rows. FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block", with DEPTH 128 and COLUMNS a
-    divisor of it: x_scale (rows, K / 128), w_scale (EXPERTS, ceil(n / 128), K / 128), by which each 128 of K are multiplied before
-    they are added; "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times scales: x_parameter, one or (if EACH) one for each
-    expert, times w_parameter (EXPERTS,).
+    to another's rows; if FLAT, the next tile's first loads run while a tile is stored.
+    FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block", with DEPTH 128 and COLUMNS a divisor of it: x_scale
+    (rows, K / 128), w_scale (EXPERTS, ceil(n / 128), K / 128), by which each 128 of K are multiplied before they are added;
+    "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times scales: x_parameter, one or (if EACH) one for each expert, times
+    w_parameter (EXPERTS,).
     """
-    tile = tl.program_id(0)
-    before = 0  # tiles of earlier experts
-    start = 0
     columns = tl.cdiv(n, COLUMNS)
+    listed = tl.arange(0, EXPERTS_BLOCK)
+    all_ends = tl.load(ends + listed, mask=listed < EXPERTS, other=0).to(tl.int32)
+    all_starts = tl.load(ends + listed - 1, mask=(listed > 0) & (listed < EXPERTS), other=0).to(tl.int32)
+    tiles = tl.where(listed < EXPERTS, tl.cdiv(all_ends - all_starts, ROWS), 0) * columns
+    until = tl.cumsum(tiles, 0)  # tiles of experts up to this one
+    count = tl.sum(tiles, 0)
     BLOCKS: tl.constexpr = (K + 127) // 128
-    for expert in range(EXPERTS):
-        end = tl.load(ends + expert).to(tl.int32)
-        tiles = tl.cdiv(end - start, ROWS) * columns
-        while tile < before + tiles:
-            own = tile - before
-            first_row = start + own // columns * ROWS
-            first_column = own % columns * COLUMNS
-            row = first_row + tl.arange(0, ROWS)
-            column = first_column + tl.arange(0, COLUMNS)
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLAT):
+        expert, first_row, first_column, end = _tile(tile, listed, all_starts, all_ends, tiles, until, columns, ROWS, COLUMNS)
+        row = first_row + tl.arange(0, ROWS)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        x_scales = x_scale + row.to(tl.int64) * BLOCKS
+        w_scales = w_scale + (expert.to(tl.int64) * tl.cdiv(n, 128) + first_column // 128) * BLOCKS
+        for k in range(0, K, DEPTH):
+            a = x.load([first_row, k])
+            b = w.load([expert * n + first_column, k]).T
             if FMT == "fp8_block":
-                x_scales = x_scale + row.to(tl.int64) * BLOCKS
-                w_scales = w_scale + (tl.cast(expert, tl.int64) * tl.cdiv(n, 128) + first_column // 128) * BLOCKS
-            for k in range(0, K, DEPTH):
-                a = x.load([first_row, k])
-                b = w.load([expert * n + first_column, k]).T
-                if FMT == "fp8_block":
-                    sx = tl.load(x_scales + k // 128, mask=row < end, other=0.0)
-                    total += tl.dot(a, b) * (sx * tl.load(w_scales + k // 128))[:, None]
-                else:
-                    total = tl.dot(a, b, total)
-            if FMT == "fp8_token":
-                sx = tl.load(x_scale + row, mask=row < end, other=0.0)
-                sw = tl.load(w_scale + tl.cast(expert, tl.int64) * n + column, mask=column < n, other=0.0)
-                total = total * sx[:, None] * sw[None, :]
-            elif FMT == "fp8_tensor" or FMT == "nvfp4":
-                total = total * tl.load(x_parameter + (expert if EACH else 0)) * tl.load(w_parameter + expert)
-            to = out + row[:, None].to(tl.int64) * n + column[None, :]
-            tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
-            tile += tl.num_programs(0)
-        before += tiles
-        start = end
+                sx = tl.load(x_scales + k // 128, mask=row < end, other=0.0)
+                total += tl.dot(a, b) * (sx * tl.load(w_scales + k // 128))[:, None]
+            else:
+                total = tl.dot(a, b, total)
+        if FLAT:  # once more: the next tile's loads run by now, and this tile's numbers would have to be kept beside theirs
+            expert, first_row, first_column, end = _tile(tile, listed, all_starts, all_ends, tiles, until, columns, ROWS, COLUMNS)
+            row = first_row + tl.arange(0, ROWS)
+        column = first_column + tl.arange(0, COLUMNS)
+        if FMT == "fp8_token":
+            sx = tl.load(x_scale + row, mask=row < end, other=0.0)
+            sw = tl.load(w_scale + expert.to(tl.int64) * n + column, mask=column < n, other=0.0)
+            total = total * sx[:, None] * sw[None, :]
+        elif FMT == "fp8_tensor" or FMT == "nvfp4":
+            total = total * tl.load(x_parameter + (expert if EACH else 0)) * tl.load(w_parameter + expert)
+        to = out + row[:, None].to(tl.int64) * n + column[None, :]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
+    start = tl.max(all_ends, 0)
     zeros = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
-    for own in range(tile - before, tl.cdiv(rows - start, ROWS) * columns, tl.num_programs(0)):
+    for own in range(tl.program_id(0), tl.cdiv(rows - start, ROWS) * columns, tl.num_programs(0)):
         row = start + own // columns * ROWS + tl.arange(0, ROWS)
         column = own % columns * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(out + row[:, None].to(tl.int64) * n + column[None, :], zeros, mask=(row < rows)[:, None] & (column < n)[None, :])
