@@ -7,6 +7,7 @@ import torch
 import fusewire.backends  # noqa: F401  (registers them)
 from fusewire import group
 from fusewire.backends import workspace
+from fusewire.config import NVLINK
 from fusewire.errors import FusewireError, InputError
 from fusewire.ops.collectives import all_gather, all_reduce, reduce_scatter
 from fusewire.ops.fused import all_reduce_norm_quant
@@ -47,7 +48,7 @@ def test_on_a_cpu_the_reference_runs():
     x = torch.randn(3, 64).bfloat16()
     choice = all_reduce_norm_quant.select(x, None, torch.ones(64), 1e-6, 0.0, False, [], "bf16", True, g.name)
     assert choice.backend.name == "reference"
-    assert choice.refused == [f"{name}: it runs on CUDA devices, not on cpu" for name in ("one_shot", "two_shot")]
+    assert choice.refused == [f"{name}: it runs on CUDA devices, not on cpu" for name in ("one_shot", "streamed", "two_shot")]
     group.close(g)
 
 
@@ -70,23 +71,36 @@ def test_a_row_is_added_up_in_one_way_however_it_is_launched():
     for hidden in (64, 576, 1024, 4096, 7168, 8192, 16384):
         warps, resident = ar._many(hidden)
         assert 65536 // (32 * warps * resident) >= 64  # registers
-        for fmt in ("bf16", "fp8_tensor", "fp8_token", "nvfp4:128x4", "mxfp8"):
-            shapes = [ar._few(rows, hidden, 132, fmt) for rows in range(1, 266)]
-            assert shapes[-1] is None and all(shapes[:-1])
-            for rows, (pieces, few_warps, resident) in enumerate(shapes[:-1], 1):
-                assert few_warps == warps and 65536 // (32 * warps * resident) >= 64
-                assert rows * pieces <= resident * 132 and pieces <= max(1, hidden // 1024 * 2)
-    assert [ar._few(rows, 8192, 132, "fp8_tensor")[0] for rows in (1, 8, 32, 128)] == [4, 2, 2, 1]
-    assert [ar._few(rows, 8192, 132, "nvfp4:128x4")[0] for rows in (1, 8, 32, 128)] == [4, 4, 4, 1]
-    assert ar._few(32, 8192, 100, "nvfp4") == (2, 8, 1)
+        shapes = [ar._few(rows, hidden, 132) for rows in range(1, 266)]
+        assert shapes[-1] is None and all(shapes[:-1])
+        for rows, (pieces, few_warps, resident) in enumerate(shapes[:-1], 1):
+            assert few_warps == warps and 65536 // (32 * warps * resident) >= 64
+            assert rows * pieces <= resident * 132 and pieces <= max(1, hidden // 1024 * 2)
+    assert [ar._few(rows, 8192, 132) for rows in (1, 32, 33, 132, 133, 264)] == [
+        (4, 8, 1), (4, 8, 1), (1, 8, 1), (1, 8, 1), (1, 8, 2), (1, 8, 2)]
+    assert ar._few(32, 8192, 100) == (2, 8, 1)
 
 
-def test_rows_that_share_a_fence_take_no_program_longer():
-    from fusewire.backends.triton.norm_quant_all_gather_matmul import ROWS_PER_FLAG, _together
+def test_where_nothing_was_measured_middle_sizes_are_streamed():
+    g = group.loopback_group(2)
+    backends = {b.name: b for b in all_reduce_norm_quant.backends}
 
-    for programs in (1, 7, 528):
-        for rows in range(1, 5000, 1 if programs == 528 else 37):
+    def best(rows: int) -> str:
+        x = torch.empty(rows, 8192, dtype=torch.bfloat16, device="meta")
+        usage = all_reduce_norm_quant.usage(x, None, x[0], 1e-6, 0.0, False, [], "bf16", True, g.name)
+        usage = usage._replace(link=NVLINK, world_size=2)
+        return min(backends.values(), key=lambda b: b.seconds(usage)).name
+
+    assert [best(rows) for rows in (1, 128, 256, 512, 2048, 4096)] == ["one_shot"] * 2 + ["streamed"] * 3 + ["one_shot"]
+    group.close(g)
+
+
+def test_rows_that_share_a_fence_take_no_program_much_longer():
+    from fusewire.backends.triton.norm_quant_all_gather_matmul import _together
+
+    for programs in (1, 7, 264):
+        for rows in range(1, 5000, 1 if programs == 264 else 37):
             n = _together(rows, min(rows, programs))
             groups, most = -(-rows // n), -(-rows // programs)
-            assert ROWS_PER_FLAG % n == 0 and -(-groups // programs) * n <= most
-    assert [_together(rows, 528) for rows in (528, 640, 1024, 2112, 4096, 16384, 2640)] == [1, 2, 2, 4, 8, 8, 1]
+            assert 1 <= n <= 8 and -(-groups // programs) * n <= most + most // 16
+    assert [_together(rows, 264) for rows in (264, 640, 1024, 2112, 4096, 4400, 16384)] == [1, 3, 4, 8, 8, 6, 8]

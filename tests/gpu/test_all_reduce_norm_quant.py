@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
 
 WORLDS = (2, 4, 8)
+WAYS = ("one_shot", "streamed", "two_shot")
 FORMATS = ("bf16", "fp8_tensor", "fp8_token", "fp8_block", "nvfp4", "mxfp8", "nvfp4:128x4", "mxfp8:128x4")
 TOKENS = {2: (0, 1, 3, 127, 128, 129), 4: (0, 1, 3, 127, 128, 129), 8: (0, 3, 129)}
 # for each format the next of these, in turns: a kernel is compiled for each
@@ -163,18 +164,19 @@ def numbers(rank: int, world: int) -> dict[str, list]:
         # eager, then captured with other inputs and replayed with these
         ops, given = all_reduce_norm_quant.target.overloadpacket, dict(weight=weight, eps=eps, offset=offset, cast_first=cast_first,
                                                                        params=params, fmt=fmt, group=name)
-        one_shot, two_shot = functools.partial(ops.one_shot, **given), functools.partial(ops.two_shot, **given)
-        call = one_shot
+        call, streamed, two_shot = (functools.partial(getattr(ops, way), **given) for way in WAYS)
         kept = call(xs[rank], residual, keep_norm=True)
-        if not all(map(same, kept, two_shot(xs[rank], residual, keep_norm=True))):
-            seen.append("two shots differ from one")
-        result[1] += 1
+        for other in (streamed, two_shot):
+            if not all(map(same, kept, other(xs[rank], residual, keep_norm=True))):
+                seen.append("another way differs from one shot")
+        result[1] += 2
         seen += problems(kept, xs, residual, weight, eps, offset, cast_first, params, fmt)
         if tokens <= 3:
             bare = call(xs[rank], residual, keep_norm=False)
-            if not all(all(map(same, [kept[0], *kept[2:]], o)) for o in (bare, two_shot(xs[rank], residual, keep_norm=False))):
+            others = (f(xs[rank], residual, keep_norm=False) for f in (streamed, two_shot))
+            if not all(all(map(same, [kept[0], *kept[2:]], o)) for o in (bare, *others)):
                 seen.append("without the norm the outputs differ")
-            result[1] += 2
+            result[1] += 3
         result[1] += 1
         if tokens in (3, 129):
             static = torch.ones_like(xs[rank])
@@ -183,16 +185,17 @@ def numbers(rank: int, world: int) -> dict[str, list]:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 first = call(static, residual, keep_norm=True)
                 second = two_shot(static + 1, residual, keep_norm=True)
+                third = streamed(static, residual, keep_norm=True)
             for _ in range(3):
                 static.copy_(xs[rank])
-                for t in (*first, *second):
+                for t in (*first, *second, *third):
                     t.view(torch.uint8).fill_(0xA5)
                 graph.replay()
-                if not all(map(same, [*kept, *call(xs[rank] + 1, residual, keep_norm=True)], [*first, *second])):
+                if not all(map(same, [*kept, *call(xs[rank] + 1, residual, keep_norm=True), *kept], [*first, *second, *third])):
                     seen.append("a replay differs from eager")
                 if not all(map(same, kept, call(xs[rank], residual, keep_norm=True))):
                     seen.append("eager after a replay differs")
-                result[1] += 4
+                result[1] += 5
         if seen and rank == 0:
             print(fmt, hidden, tokens, has_residual, offset, cast_first, dtype, eps, special, seen, file=sys.stderr, flush=True)
         result[0] += 1
@@ -219,8 +222,8 @@ def compile_ahead(rank: int, count: int, calls: Callable[..., Iterable[Callable]
 def group_of_one(world: int) -> str:
     """The name of a group in whose workspace kernels are those of `world` processes; none may run."""
     name = group.loopback_group(world).name
-    space = workspace.open(name, world * workspace.WORD_BYTES_OF_A_RANK)
-    space.loopback, space.nbytes = False, 1 << 30  # large enough for every call
+    space = workspace.open(name, 1 << 20)
+    space.loopback, space.nbytes, space.word_bytes = False, 1 << 30, workspace.WORD_BYTES  # large enough for every call
     return name
 
 
@@ -231,13 +234,13 @@ def launches(world: int) -> Iterable[Callable]:
     name, seen = group_of_one(world), set()
     for fmt, hidden, tokens, (has_residual, offset, cast_first, dtype, eps), _ in cases(world):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
-        for shots, keep in itertools.product((1, 2), (True, False)):
-            few = ar._few(tokens, hidden, ar.processors(x), fmt) if shots == 1 else ()
-            key = fmt, hidden, has_residual, offset, cast_first, dtype, shots, keep, few
+        for way, keep in itertools.product(WAYS, (True, False)):
+            few = ar._few(tokens, hidden, ar.processors(x)) if way == "one_shot" else ()
+            key = fmt, hidden, has_residual, offset, cast_first, dtype, way, keep, few
             if tokens and (keep or tokens <= 3) and key not in seen:
                 seen.add(key)
                 yield functools.partial(ar.exchange, x, x if has_residual else None, x[0].to(dtype), eps, offset, cast_first,
-                                        params_of(fmt), fmt, keep, name, shots)
+                                        params_of(fmt), fmt, keep, name, way)
 
 
 def compiling() -> int:
@@ -266,7 +269,7 @@ def test_numbers(world, fmt):
     print(f"\n{world} ranks, {fmt}: {results[0][0]} cases, {results[0][1]} exchanges")
 
 
-def unguarded(rank: int, tokens: int, shots: int, wait: bool, clear: bool = True) -> bool:
+def unguarded(rank: int, tokens: int, way: str, wait: bool, clear: bool = True) -> bool:
     """Does rank 0, whose peer comes late, get the right sum?"""
     from fusewire.backends.triton.all_reduce_norm_quant import exchange
 
@@ -274,11 +277,11 @@ def unguarded(rank: int, tokens: int, shots: int, wait: bool, clear: bool = True
     xs = [rows(tokens, 576, r) for r in range(2)]
     weight = torch.ones(576, device="cuda")
     for _ in range(3):  # it is compiled, both have met, and each half and each third has been used
-        exchange(xs[rank] * 3, None, weight, 1e-6, 0.0, False, [], "bf16", True, name, shots, clear=clear)
+        exchange(xs[rank] * 3, None, weight, 1e-6, 0.0, False, [], "bf16", True, name, way, clear=clear)
     torch.cuda.synchronize()
     if rank == 1:
         dist.barrier()
-    out = exchange(xs[rank], None, weight, 1e-6, 0.0, False, [], "bf16", True, name, shots, wait, clear)
+    out = exchange(xs[rank], None, weight, 1e-6, 0.0, False, [], "bf16", True, name, way, wait, clear)
     if rank == 0:
         if not (wait and clear):
             torch.cuda.synchronize()
@@ -290,14 +293,30 @@ def unguarded(rank: int, tokens: int, shots: int, wait: bool, clear: bool = True
 
 def test_the_wait_is_needed():
     """The numbers above would not be right by luck: with the wait left out, and a peer that is late, they are wrong."""
-    for tokens, shots in ((5, 1), (300, 1), (300, 2)):  # a program for each row, several rows for each, two shots
-        assert ranks.run_ranks(unguarded, 2, tokens, shots, True) == [True, True]
-        assert ranks.run_ranks(unguarded, 2, tokens, shots, False)[0] is False
+    for tokens, way in ((5, "one_shot"), *((300, way) for way in WAYS)):  # a program for each row; several rows for each
+        assert ranks.run_ranks(unguarded, 2, tokens, way, True) == [True, True]
+        assert ranks.run_ranks(unguarded, 2, tokens, way, False)[0] is False
 
 
 def test_words_must_be_cleared():
     """Else a rank whose peer is late takes the words of three exchanges ago for this one's."""
-    assert ranks.run_ranks(unguarded, 2, 5, 1, True, False)[0] is False
+    for tokens, way in ((5, "one_shot"), (300, "streamed")):
+        assert ranks.run_ranks(unguarded, 2, tokens, way, True, False)[0] is False
+
+
+def test_what_a_longer_exchange_left_is_cleared():
+    """Words that the next exchange has no rows for, in loopback: none is left after it, whichever way it goes."""
+    g = group.loopback_group(2)
+    space = workspace.open(g.name, 2 * 700 * 8192 * 2)
+    words = space.memory[space.from_here[2][0] - space.memory.data_ptr():].view(torch.int32).view(3, -1)
+    ops = all_reduce_norm_quant.target.overloadpacket
+    rest = (None, torch.ones(8192, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, g.name)
+    for long, short in itertools.product((ops.streamed, ops.one_shot), repeat=2):
+        for tokens in (700 if long is ops.streamed else 264, 3):
+            (long if tokens > 3 else short)(rows(tokens, 8192), *rest)
+        torch.cuda.synchronize()
+        assert int((words != -1).any(1).sum()) == 1, "more than the third that was used last holds something"
+    group.close(g)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -309,32 +328,34 @@ def test_every_16_bits_travel(world, dtype):
     x = torch.cat([every, every.repeat_interleave(2), every[torch.randperm(65536, device="cuda")]]).view(-1, 8192)
     workspace.open(g.name, world * x.numel() * 2)
     nan, rest = torch.tensor(0x7FFF, dtype=torch.int16, device="cuda"), (1e-6, 0.0, False, [], "bf16", True, g.name)
-    for some in (x, x[:3], x[-1:]):  # in one piece and in several
+    ops = all_reduce_norm_quant.target.overloadpacket
+    for some, call in ((x, ops.one_shot), (x[:3], ops.one_shot), (x[-1:], ops.one_shot), (x, ops.streamed)):  # pieces: 1, 4, 4, 1
         want = some.float()
         for _ in range(world - 1):
             want = want + some.float()
         want = torch.where(want.isnan(), nan, want.to(dtype).view(torch.int16))
         for turn in range(4):
-            total = all_reduce_norm_quant(some, None, torch.ones(8192, device="cuda"), *rest)[0]
+            total = call(some, None, torch.ones(8192, device="cuda"), *rest)[0]
             assert torch.equal(total.view(torch.int16), want), f"{len(some)} rows, exchange {turn}"
     group.close(g)
 
 
-def alone(rank: int, tokens: int) -> None:
+def alone(rank: int, tokens: int, way: str) -> None:
     name = connect(1 << 20, limit_s=3.0)
     if rank == 0:
-        all_reduce_norm_quant(rows(tokens, 576), None, torch.ones(576, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, name)
+        call = getattr(all_reduce_norm_quant.target.overloadpacket, way)
+        call(rows(tokens, 576), None, torch.ones(576, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, name)
         torch.cuda.synchronize()
     time.sleep(30)  # it is ended before
 
 
-@pytest.mark.parametrize("tokens", [3, 300])  # for words, for flags
-def test_a_wait_ends_and_says_for_whom(capfd, tokens):
+@pytest.mark.parametrize("tokens,way", [(3, "one_shot"), (300, "streamed"), (300, "one_shot")])  # for words, for words, for flags
+def test_a_wait_ends_and_says_for_whom(capfd, tokens, way):
     with pytest.raises(RuntimeError, match=f"rank 0: died by exit code {workspace.EXIT_CODE}"):
-        ranks.run_ranks(alone, 2, tokens, timeout_s=60)
+        ranks.run_ranks(alone, 2, tokens, way, timeout_s=60)
     said = capfd.readouterr().err
     assert "rank 0 of group" in said and "waited 3 s in all_reduce_norm_quant, epoch 1, row " in said and "for rank 1" in said
-    assert ("of whose row words are missing" if tokens == 3 else "whose flag held 0") in said
+    assert ("of whose row words are missing" if (tokens, way) != (300, "one_shot") else "whose flag held 0") in said
 
 
 def test_a_kernel_first_met_in_a_capture_is_refused():
@@ -386,7 +407,7 @@ def test_two_groups_and_sizes_in_one_process():
     """Loopback: each peer is taken to have pushed what this rank pushed."""
     ranks.run_ranks(compile_ahead, compiling(), compiling(), mixed_launches, timeout_s=120)
     for args in mixed():
-        assert all_reduce_norm_quant.select(*args).backend.name == "one_shot"
+        assert all_reduce_norm_quant.select(*args).backend.name in WAYS[:2]
         x, residual, *rest, _, name = args
         assert not problems(all_reduce_norm_quant(*args), [x] * group.resolve(name).world_size, residual, *rest)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from test_all_reduce_norm_quant import (
     FORMATS,
     VARIANTS,
+    WAYS,
     compile_ahead,
     compiling,
     connect,
@@ -142,7 +143,7 @@ def test_what_is_pushed_without_a_gather(fmt):
         g = group.loopback_group(world)
         space = workspace.open(g.name, world * tokens * hidden * 2 + 4096)
         flags_at, _, _, data_at, _ = workspace.regions(space.nbytes, space.flag_count)
-        blocks, memory = -(-tokens // 128), space.memory
+        memory = space.memory
         assert [flags_at, data_at] == [a[0] - memory.data_ptr() for a in space.from_here[1::-1]]
         args = arguments(0, tokens, hidden, VARIANTS[0], True)
         for gather in (False, True, False, False):
@@ -151,7 +152,8 @@ def test_what_is_pushed_without_a_gather(fmt):
             p = pushed(*args, VARIANTS[0], params_of(fmt), fmt, g.name, gather)
             epoch = int(p.ticket)
             assert (epoch, space.epoch()) == (before, before + 1)
-            flags = memory[flags_at + epoch % 2 * 4 * space.flag_count:][:4 * world * blocks].view(torch.int32).view(world, blocks)
+            groups = -(-tokens // p.together)
+            flags = memory[flags_at + epoch % 2 * 4 * space.flag_count:][:4 * world * groups].view(torch.int32).view(world, groups)
             assert bool((flags[1:] == epoch).all())
             everyone = [p.norm] * (world if gather else 1)
             made = fmt if gather else fmt.partition(":")[0]
@@ -200,6 +202,7 @@ def skewed(rank: int, world: int, turns: int) -> str:
         args = (weight, eps, offset, cast_first, params_of(fmt), fmt, True, name)
         ops = all_reduce_norm_quant.target.overloadpacket
         for call in (functools.partial(ops.one_shot, x, same_residual, *args),
+                     functools.partial(ops.streamed, x, same_residual, *args),
                      functools.partial(ops.two_shot, x, same_residual, *args),
                      functools.partial(gathered, x, residual, weight, variant, args[4], fmt, name)):
             want = [t.view(torch.uint8).clone() for t in call()]
@@ -237,7 +240,7 @@ def test_ten_thousand_exchanges_in_loopback():
         x, residual = rows(tokens, 1024, i, special=True), rows(tokens, 1024, i, "residual")
         args = (torch.ones(1024, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]), FORMATS[i], True, g.name)
         ops, variant = all_reduce_norm_quant.target.overloadpacket, (True, 0.0, False, torch.float32, 1e-6)
-        for call in (functools.partial(ops.one_shot, x, residual, *args), functools.partial(ops.two_shot, x, residual, *args),
+        for call in (*(functools.partial(getattr(ops, way), x, residual, *args) for way in WAYS),
                      functools.partial(gathered, x, residual, args[0], variant, *args[4:6], g.name)):
             want = [t.view(torch.uint8).clone() for t in call()]
             torch.cuda.synchronize()

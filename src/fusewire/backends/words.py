@@ -13,6 +13,7 @@ from .workspace import Workspace
 
 WARPS, RESIDENT = 8, 4  # of a program; programs on a multiprocessor
 PIECES = (1024, 2048, 4096)  # words that a program may have
+BYTES_OF_A_RANK = 4 << 20  # at most
 NAN_WHERE_SENT = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)  # see `gather` in triton/words.py
 
 
@@ -54,7 +55,9 @@ def _size(counts: list[int], space: Workspace) -> int | None:
     """Words that a program has, so that all programs are on the device at once and the words find room; None if they do not."""
     for size in PIECES:
         programs = sum(math.ceil(n / size) for n in counts)
-        if programs <= RESIDENT * device.processors(space.device) and space.world_size * programs * size * 4 <= space.word_bytes:
+        sent = programs * size * 4
+        if (programs <= RESIDENT * device.processors(space.device) and sent <= BYTES_OF_A_RANK
+                and space.world_size * sent <= space.word_bytes):
             return size
     return None
 

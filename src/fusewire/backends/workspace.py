@@ -23,7 +23,7 @@ is a *transfer* (see `transfer.py`), in a region of its own, whose half is chose
     to a half of a peer before that peer has entered a later epoch than that of the last transfer in this half. As a rule the
     halves take turns, and then this is known from the transfer in between.
 
-A flag costs a fence: its release waits until the peer has all that was stored before. Rows of small exchanges come in *words*
+A flag costs a fence: its release waits until the peer has all that was stored before. Rows of most exchanges come in *words*
 instead, in a region of their own, which nothing else uses:
 
 *   A word is 32 bits of data that say themselves that they have come: as long as it holds 0xFFFFFFFF, nothing has. No such word is
@@ -56,7 +56,7 @@ from ..errors import FusewireError, InputError, MismatchError
 from .device import processors
 
 BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
-WORD_BYTES_OF_A_RANK = 4 << 20  # of a third, at most: 256 rows of 8192 in 16 bits
+WORD_BYTES = 64 << 20  # of a third, at most: 2048 rows of 8192 in 16 bits from each of 2 ranks
 REPORT_WORDS = 8
 EXIT_CODE = 70  # of a process that a bounded wait ended
 ALIGN = 256  # bytes, of what lies behind one another
@@ -170,7 +170,7 @@ def open(group: str, nbytes: int, device: torch.device | str | None = None, limi
     flag_count = -(-nbytes // BYTES_PER_FLAG // 64) * 64
     flags_end = regions(nbytes, flag_count)[-2]
     words_at = flags_end + 4 * nbytes
-    word_bytes = min(nbytes, g.world_size * WORD_BYTES_OF_A_RANK)
+    word_bytes = min(nbytes, WORD_BYTES)
     total = words_at + 3 * word_bytes
     # kernels have as many programs on every rank
     consensus.agree(g, "workspace", {"bytes": nbytes, "wait limit": limit_s, "multiprocessors": processors(dev)})

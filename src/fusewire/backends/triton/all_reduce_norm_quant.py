@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...op import Usage
 from ...ops.collectives import world_size
 from ...ops.fused import all_reduce_norm_quant
 from .. import workspace
@@ -43,26 +44,25 @@ def two_shot_bytes(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     return (x.shape[0] + world - 1) // world * world * (_slot(x) + _result(x, fmt, keep_norm)[2])
 
 
-# (rows, pieces): programs for a row where there are at most so many rows, and one beyond. From an H200 in loopback, hidden = 8192,
-# 1, 8, 32 and 128 rows: the fastest of 4, 2 and 1 with the warps below. (Per-token FP8 with 8 and 32 rows: taken from FP8 with one
-# scale, as only 4 were timed with these warps.)
-_PIECES = {"nvfp4": ((32, 4),), "fp8_token": ((4, 4), (16, 2))}
-_PIECES_OF_OTHERS = ((4, 4), (32, 2))
+# Programs for a row of up to so many rows, beyond which each has one: the fastest of 4, 2 and 1 for FP8 and NVFP4 on two H200,
+# hidden = 8192, but for 64 rows, where 4 need other warps to be faster.
+_ROWS_IN_PIECES, _PIECES = 32, 4
+# Programs that only push: the fastest of 16, 32, 66 and 132 on two H200, 256 to 2048 rows. And does who waits look at all words?
+_PUSHERS, _SPARING = 32, False
 
 
 def _warps(hidden: int) -> int:
     """Warps of a program. They decide the order in which squares are added: a row's bits depend neither on how many come with it,
-    nor on the number of shots, nor on pieces. At 8192, 8 are the fastest or within 4 % of it, but for per-token FP8 with 32
-    rows, which was timed in 4 pieces alone with them."""
+    nor on the number of shots, nor on pieces. At 8192, 8 are the fastest of 4, 8 and 16 or within 4 % of it on two H200."""
     block = block_of(hidden)
     return max(1, min(8, block // 512), block // 1024)
 
 
-def _few(rows: int, hidden: int, processors: int, fmt: str) -> tuple[int, int, int] | None:
+def _few(rows: int, hidden: int, processors: int) -> tuple[int, int, int] | None:
     """(programs for a row, warps of each, programs on a multiprocessor at once) where every program has at most one row; None for
     more rows."""
     warps, block = _warps(hidden), block_of(hidden)
-    wanted = next((n for most, n in _PIECES.get(fmt.partition(":")[0], _PIECES_OF_OTHERS) if rows <= most), 1)
+    wanted = _PIECES if rows <= _ROWS_IN_PIECES else 1
     possible = (p for p in (4, 2, 1) if p <= wanted and rows * p <= processors and block // p >= max(1024, 256 * warps))
     pieces = next(possible, 1)  # 8 elements for a thread: 16 bytes
     resident = next((r for r in (1, 2) if rows * pieces <= r * processors), None)
@@ -75,11 +75,6 @@ def _many(hidden: int) -> tuple[int, int]:
     return _warps(hidden), max(2, 16 // _warps(hidden))
 
 
-def _way(rows: int) -> tuple[int, bool, int]:
-    """(rows that a program pushes ahead, in words, programs that only push)."""
-    return 1, False, 0
-
-
 # 5 us: a row on two H200. A rank sends its rows to each peer, world_size / 2 times the bytes of a ring.
 @all_reduce_norm_quant.backend("one_shot", supports=_why_not, nbytes=one_shot_bytes,
                                seconds=lambda u: 5e-6 + u.world_size / 2 * u.wire_s)
@@ -88,18 +83,33 @@ def one_shot(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     return exchange(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group)
 
 
+def _streamed_seconds(u: Usage) -> float:
+    """Not better than one_shot for a few rows, faster for more, and the same for those that words have no room for."""
+    words = u.bytes * u.world_size**2 / (2 * (u.world_size - 1))  # a ring's bytes, as the rows of all ranks
+    pushed = u.world_size / 2 * u.wire_s
+    return 5e-6 + pushed if words > workspace.WORD_BYTES else 5.5e-6 + 0.95 * pushed
+
+
+@all_reduce_norm_quant.backend("streamed", supports=_why_not, nbytes=one_shot_bytes, seconds=_streamed_seconds)
+def streamed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
+             params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> list[Tensor]:
+    """One shot with programs that only push, in words; what these have no room for goes as in `one_shot`."""
+    return exchange(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group, "streamed")
+
+
 # Two exchanges, one after the other; the second carries parts beside the sum, at most as many bytes again.
 @all_reduce_norm_quant.backend("two_shot", supports=_why_not, nbytes=two_shot_bytes,
                                seconds=lambda u: 2 * 5e-6 + 1.5 * u.wire_s)
 def two_shot(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
              params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> list[Tensor]:
-    return exchange(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group, shots=2)
+    return exchange(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group, "two_shot")
 
 
 def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
-             params: list[Tensor], fmt: str, keep_norm: bool, group: str, shots: int = 1, wait: bool = True,
+             params: list[Tensor], fmt: str, keep_norm: bool, group: str, way: str = "one_shot", wait: bool = True,
              clear: bool = True) -> list[Tensor]:
-    """The op; `wait=False` leaves out the waits for the peers, `clear=False` that words are cleared: to show that tests notice."""
+    """The op by its backend `way`; `wait=False` leaves out the waits for the peers, `clear=False` that words are cleared: to show
+    that tests notice."""
     from . import kernels
 
     space = workspace.of(group)
@@ -114,7 +124,7 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     constants = row_constants(x, residual, offset, cast_first, keep_norm, fmt, space) | {"WAIT": wait}
     numbers: tuple = (rows, eps, offset)
     words = False
-    if shots == 2:
+    if way == "two_shot":
         per = -(-rows // space.world_size)
         space.need(NAME, two_shot_bytes(*args), 2 * space.world_size * per)
         kernel, (warps, resident) = kernels.two_shot, _many(hidden)
@@ -122,18 +132,21 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         constants |= dict(zip(("DATA_AT", "SCALES_AT", "ROW_BYTES"), _result(x, fmt, keep_norm), strict=True))
     else:
         space.need(NAME, one_shot_bytes(*args), space.world_size * rows)
-        in_words = space.world_size * rows * _slot(x) <= space.word_bytes
-        if in_words and (few := _few(rows, hidden, processors(x), fmt)) is not None:
-            kernel, words, (pieces, warps, resident) = kernels.one_shot_few, True, few
+        words = space.world_size * rows * _slot(x) <= space.word_bytes
+        few = _few(rows, hidden, processors(x))
+        kernel, (warps, resident) = kernels.one_shot, _many(hidden)
+        programs = min(rows, resident * processors(x))
+        if words and way == "streamed":
+            pushers = min(rows, _PUSHERS)
+            kernel, programs = kernels.streamed, min(rows + pushers, resident * processors(x))
+            constants |= {"CLEAR": clear, "SPARING": _SPARING}
+            numbers = (*numbers, pushers)
+        elif words and few is not None:
+            kernel, (pieces, warps, resident) = kernels.one_shot_few, few
             programs = rows * pieces
             constants |= {"PARTS": pieces, "CLEAR": clear}
         else:
-            kernel, (warps, resident) = kernels.one_shot, _many(hidden)
-            ahead, words, pushers = _way(rows)
-            words = words and in_words
-            programs = min(rows + pushers, resident * processors(x))
-            constants |= {"AHEAD": ahead, "WORDS": words}
-            numbers = (*numbers, pushers)
+            words = False
     tensors = [x, residual, weight, params[0] if params else None, total, norm, *[*parts, total, total][:2]]
     launch(kernel, NAME, programs, warps, resident, space, tensors, numbers, constants, words)
     return out

@@ -8,9 +8,9 @@ from triton.language.extra.cuda import globaltimer
 _FLT_MAX = tl.constexpr(3.4028234663852886e38)
 _TINY = tl.constexpr(2.0**-126)
 _SIXTH = tl.constexpr(1 / 6)
+_448TH = tl.constexpr(1 / 448)
 _AFTER_REPORT_NS = tl.constexpr(5_000_000_000)  # time for the host to find a report and end the process
 _LOOKS = tl.constexpr(256)  # at a flag before the clock is read, which takes longer than a look
-ROWS_PER_FLAG = tl.constexpr(128)  # of gathered rows
 
 
 # ---- flags and epochs: backends/workspace.py says why this is enough ----
@@ -202,8 +202,11 @@ def _row_amax(y):
 
 @triton.jit
 def _scale_of(amax):
-    """max(amax / 448, 2^-126), NaN if amax is."""
-    return tl.where(amax != amax, _float(tl.full(amax.shape, 0x7FC00000, tl.int32)), tl.maximum(tl.div_rn(amax, 448.0), _TINY))
+    """max(amax / 448, 2^-126), infinity or NaN if amax is. `_divide`'s two steps: they give what division does for each float32."""
+    q = amax * _448TH
+    exact = tl.maximum(tl.fma(tl.fma(q, -448.0, amax), _448TH, q), _TINY)
+    odd = tl.where(amax == amax, amax, _float(tl.full(amax.shape, 0x7FC00000, tl.int32)))
+    return tl.where(amax < float("inf"), exact, odd)
 
 
 @triton.jit
@@ -382,23 +385,94 @@ def _factor(total, eps, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _normed(total, w, factor, offset, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
-    """RMSNorm of elements of a row, in its dtype."""
-    T: tl.constexpr = total.dtype
+def _unrounded(total, w, factor, offset, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """RMSNorm of elements of a row, float32."""
     y = _wide(total) * factor
     if CAST_FIRST:
-        y = _wide(_round(y, T)) * _wide(w)
+        return _wide(_round(y, total.dtype)) * _wide(w)
     elif HAS_OFFSET:
-        y = y * (_wide(w) + offset)
+        return y * (_wide(w) + offset)
     else:
-        y = y * _wide(w)
-    return _round(y, T)
+        return y * _wide(w)
+
+
+@triton.jit
+def _normed(total, w, factor, offset, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """RMSNorm of elements of a row, in its dtype."""
+    return _round(_unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST), total.dtype)
+
+
+@triton.jit
+def _sum_and_larger(a, b, c, d):
+    return a + c, tl.maximum(b, d, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _factor_and_amax(total, w, inside, eps, offset, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr,
+                     CAST_FIRST: tl.constexpr):
+    """`_factor` of a row, and what `_row_amax` is of its norm, which is not made.
+
+    Rounding keeps order, so the amax is the largest magnitude before it, rounded. And that is P * factor, with P the largest
+    |total * w|, to a few roundings: at most 2^-22 of it, and 2^-22 for products of what is below 2^-126. P is found together
+    with the sum of squares. As a rule both ends of what is possible round to the same number, which then is the amax; else
+    the row is looked at again.
+    """
+    T: tl.constexpr = total.dtype
+    if CAST_FIRST:  # it rounds in between
+        factor = _factor(total, eps, HIDDEN)
+        amax = _row_amax(_ended(_unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST), inside, HIDDEN, BLOCK))
+        amax = _rounded(amax, T)
+    else:
+        y = _wide(total)
+        squares, most = tl.reduce((y * y, tl.abs(_unrounded(total, w, 1.0, offset, HAS_OFFSET, CAST_FIRST))), 0, _sum_and_larger)
+        factor = tl.rsqrt(squares * (1.0 / HIDDEN) + eps)
+        most = most * factor
+        high = _rounded(most * (1 + 2.0**-20) + 2.0**-21, T)
+        amax = _rounded(tl.maximum(most * (1 - 2.0**-20) - 2.0**-21, 0.0, propagate_nan=tl.PropagateNan.ALL), T)
+        if (amax != high) | (high >= float("inf")):
+            amax = _row_amax(_ended(_unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST), inside, HIDDEN, BLOCK))
+            amax = _rounded(amax, T)
+    return factor, amax
+
+
+@triton.jit
+def _rounded(x, T: tl.constexpr):
+    """A float32 scalar, rounded to T."""
+    return x.to(T).to(tl.float32)
 
 
 @triton.jit
 def _ended(normed, inside, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """A norm as float32, zero behind the row's end: a NaN factor made NaN of that too."""
     return _wide(normed) if HIDDEN == BLOCK else tl.where(inside, _wide(normed), 0.0)
+
+
+@triton.jit
+def _parts(normed, param, inverse, inside, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, FMT: tl.constexpr):
+    """`_quantized` of a row's norm; of bf16 nothing."""
+    if FMT == "bf16":
+        return normed, normed
+    else:
+        y = _ended(normed, inside, HIDDEN, BLOCK)
+        if FMT == "fp8_token":
+            param = _scale_of(_row_amax(y))
+            inverse = _inverse(param)
+        return _quantized(y, param, inverse, FMT)
+
+
+@triton.jit
+def _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset, HIDDEN: tl.constexpr,
+            BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, KEEP_NORM: tl.constexpr, FMT: tl.constexpr,
+            SWIZZLED: tl.constexpr):
+    """Write a row's sum, and what is made of it: (the norm, data, scales) to send."""
+    tl.store(total + row * HIDDEN + at, summed, mask=inside)
+    normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
+    if KEEP_NORM:
+        tl.store(norm + row * HIDDEN + at, normed, mask=inside)
+    codes, scale = _parts(normed, param, inverse, inside, HIDDEN, BLOCK, FMT)
+    if FMT != "bf16":
+        _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
+    return normed, codes, scale
 
 
 @triton.jit
@@ -473,14 +547,24 @@ def _look(row, half, data, nbytes, rank, rows, sign, FIRST: tl.constexpr, END: t
 
 @triton.jit
 def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, rows, BLOCK: tl.constexpr, WORLD: tl.constexpr,
-                   SLOT: tl.constexpr):
+                   SLOT: tl.constexpr, SPARING: tl.constexpr = False):
     """Wait until the row of every peer has come; the words of the last peer. All threads leave together, and what any of them saw,
-    all may read."""
+    all may read.
+
+    SPARING  between looks at all words one is looked at, until it has come: for many rows, where many wait for long, as looks take
+             from the memory that others need
+    """
     absent, looks = 1, 0
     words = tl.zeros((BLOCK // 2,), tl.int32)
     while (absent != 0) & (looks < _LOOKS):
         absent, words = _look(row, half, data, nbytes, rank, rows, 1, 1, WORLD, BLOCK, WORLD, SLOT)
         looks += 1
+        if SPARING:
+            last = _ints(data[0] + half * nbytes) + ((rank + WORLD - 1) % WORLD * rows + row) * (SLOT // 2) + (SLOT // 2 - 1)
+            word, spins = tl.where(absent == 0, 0, -1), 0
+            while (word == -1) & (spins < _LOOKS):  # warps leave it one by one: nothing that they decide together depends on it
+                word = tl.load(last, volatile=True)
+                spins += 1
     if absent != 0:
         start = globaltimer()
         while absent == 1:  # clocks differ among threads: 2 once it is too late for one that misses a word
@@ -497,11 +581,17 @@ def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, r
 @triton.jit
 def _clear_words(half, used, data, nbytes, rank, N: tl.constexpr, WORLD: tl.constexpr):
     """Make every word of the third `half` say that nothing has come: `used` pieces of 16 bytes of each peer's place."""
+    _clear_some(half, used, data, nbytes, rank, tl.program_id(0) * N, used * 4, tl.num_programs(0) * N, N, WORLD)
+
+
+@triton.jit
+def _clear_some(half, used, data, nbytes, rank, start, end, step, N: tl.constexpr, WORLD: tl.constexpr):
+    """Of each peer's place: N words from `start` on, from `start + step`, ..., that begin before `end`."""
     at = tl.arange(0, N)
     for i in tl.static_range(1, WORLD):
-        of = _ints(data[0] + half * nbytes + (rank + i) % WORLD * (used * 16))
-        for first in range(tl.program_id(0) * N, used * 4, tl.num_programs(0) * N):
-            tl.store(of + first + at, tl.full((N,), -1, tl.int32), mask=first + at < used * 4)
+        of = data[0] + half * nbytes + (rank + i) % WORLD * (used * 16)
+        for first in range(start, tl.minimum(end, used * 4), step):
+            tl.store(_ints(of + first * 4) + at, tl.full((N,), -1, tl.int32), mask=at // 4 < used - first // 4)
 
 
 @triton.jit
@@ -585,18 +675,19 @@ def one_shot_few(
         if PARTS > 1:
             summed_all = _plus(before_all, summed_all)
     tl.store(total + row * HIDDEN + at, summed, mask=inside)
-    factor = _factor(summed_all if PARTS > 1 else summed, eps, HIDDEN)
+    if FMT == "fp8_token" and PARTS > 1:
+        factor, amax = _factor_and_amax(summed_all, w_all, whole_inside, eps, offset, HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST)
+        param = _scale_of(amax)
+        inverse = _inverse(param)
+    else:
+        factor = _factor(summed_all if PARTS > 1 else summed, eps, HIDDEN)
     normed = _normed(summed, w, factor, offset, HAS_OFFSET, CAST_FIRST)
     if KEEP_NORM:
         tl.store(norm + row * HIDDEN + at, normed, mask=inside)
     if FMT != "bf16":
         y = _ended(normed, inside, HIDDEN, BLOCK)
-        if FMT == "fp8_token":
-            if PARTS > 1:
-                normed_all = _normed(summed_all, w_all, factor, offset, HAS_OFFSET, CAST_FIRST)
-                param = _scale_of(_row_amax(_ended(normed_all, whole_inside, HIDDEN, BLOCK)))
-            else:
-                param = _scale_of(_row_amax(y))
+        if FMT == "fp8_token" and PARTS == 1:
+            param = _scale_of(_row_amax(y))
             inverse = _inverse(param)
         codes, scale = _quantized(y, param, inverse, FMT)
         _store_parts(codes, scale, data, scales, row, first, HIDDEN, BLOCK, FMT, SWIZZLED, N)
@@ -604,98 +695,128 @@ def one_shot_few(
     _leave_epoch(state, counted)
 
 
-@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "pushers"])
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset"])
 def one_shot(
     x, residual, weight, parameter, total, norm, data, scales,
-    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, pushers,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WAIT: tl.constexpr,
-    AHEAD: tl.constexpr, WORDS: tl.constexpr,
 ):
     """Each row goes to every peer whole, and every rank adds the rows of all ranks, in rank order, itself.
 
-    A program pushes a row, and the AHEAD rows that it will do next, before it waits for the first of the others. All programs of
-    a launch fit on the device at once, so nobody waits for a program that has not started.
+    A program pushes the row that it will do next before it waits for one. All programs of a launch fit on the device at once, so
+    nobody waits for a program that has not started.
 
     x, residual  (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
     weight       (HIDDEN,) of any float dtype
     total, norm  (rows, HIDDEN) of x's dtype, contiguous
     data, scales the parts of FMT, contiguous; parameter its scalar
-    pushers      so many programs push all rows, in order, and do nothing else; the others push none
     WAIT         False leaves the waits out: for tests
-    WORDS        the rows come in words, not with flags
     """
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
     pid, step = tl.program_id(0), tl.num_programs(0)
     epoch = _epoch(state)
-    if WORDS:
-        half, used = _words(state)
-    else:
-        half = (epoch & 1).to(tl.int64)
+    half = (epoch & 1).to(tl.int64)
     w = tl.load(weight + at, mask=inside, other=0.0)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
-    if pushers > 0:
-        first_push, last_push, step_push = pid, tl.where(pid < pushers, rows, 0), pushers
-        first, step = tl.where(pid < pushers, rows, pid - pushers), step - pushers
-    else:
-        first_push, last_push, step_push = pid, tl.minimum(rows, pid + (AHEAD - 1) * step + 1), step
-        first = pid
-    for r in range(first_push, last_push, step_push):
-        row = tl.cast(r, tl.int64)
-        mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
-        if WORDS:
-            _push_words(x, mine, row, at, half, peer_data, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
-        else:
-            _push(x, mine, row, at, inside, half, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-                  WORLD, LOOPBACK, SLOT)
+    first = tl.cast(pid, tl.int64)
+    mine = tl.load(x + first * X_STRIDE + at, mask=inside & (first < rows), other=0.0)
+    if first < rows:
+        _push(x, mine, first, at, inside, half, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows, WORLD, LOOPBACK, SLOT)
     tl.debug_barrier()
     counted = _count_in(state)
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         inverse = _inverse(param)
     if SWIZZLED:
         _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
-    if WORDS:
-        _clear_words((half + 2) % 3, used, peer_data, nbytes, rank, BLOCK // 2, WORLD)
-    for r in range(first, rows, step):
+    for r in range(pid, rows, step):
         row = tl.cast(r, tl.int64)
-        following = row + AHEAD * step
-        push = (following < rows) & (pushers == 0)
-        ahead = tl.load(x + following * X_STRIDE + at, mask=inside & push, other=0.0)
+        following = row + step
+        ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
         mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)  # again: to keep it in registers takes more than this
         if HAS_RESIDUAL:
             before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
-        if push:
-            if WORDS:
-                _push_words(x, ahead, following, at, half, peer_data, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
-            else:
-                _push(x, ahead, following, at, inside, half, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
-                      WORLD, LOOPBACK, SLOT)
+        if following < rows:
+            _push(x, ahead, following, at, inside, half, epoch, peer_data, peer_flags, nbytes, flag_count, rank, rows,
+                  WORLD, LOOPBACK, SLOT)
         if WAIT:
-            if WORDS:
-                _words_arrived(row, half, epoch, peer_data, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
-            else:
-                _arrived(row, half, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD)
+            _arrived(row, half, epoch, peer_flags, report, flag_count, rank, op, limit_ns, rows, WORLD)
         summed = _sum(x + row * X_STRIDE, mine, row, at, inside, half, peer_data, nbytes, rank, rows, WORLD, SLOT)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
-        tl.store(total + row * HIDDEN + at, summed, mask=inside)
-        normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
-        if KEEP_NORM:
-            tl.store(norm + row * HIDDEN + at, normed, mask=inside)
-        if FMT != "bf16":
-            y = _ended(normed, inside, HIDDEN, BLOCK)
-            if FMT == "fp8_token":
-                param = _scale_of(_row_amax(y))
-                inverse = _inverse(param)
-            codes, scale = _quantized(y, param, inverse, FMT)
-            _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
-    if WORDS:
-        _leave_words(state, counted, (half + 1) % 3 << 32 | rows * (SLOT // 8))
+        _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
+                HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
+    _leave_epoch(state, counted)
+
+
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "pushers"])
+def streamed(
+    x, residual, weight, parameter, total, norm, data, scales,
+    peer_words, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, pushers,
+    WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
+    KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WAIT: tl.constexpr, CLEAR: tl.constexpr,
+    SPARING: tl.constexpr,
+):
+    """`one_shot` in words: the first `pushers` programs push all rows, in order, and do nothing else; the others push none.
+
+    So the wire has the next row at once, whatever the others wait for, and rows arrive in the order in which they are waited for.
+    CLEAR False leaves out that the words of the launch before are cleared, which goes along with the rows: for tests. SPARING: see
+    `_words_arrived`.
+    """
+    SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
+    at = tl.arange(0, BLOCK)
+    inside = _below(at, HIDDEN, BLOCK)
+    pid, step = tl.program_id(0), tl.num_programs(0) - pushers
+    epoch = _epoch(state)
+    turn, used = _words(state)
+    tl.debug_barrier()
+    counted = _count_in(state)
+    if SWIZZLED:
+        _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
+    if pid < pushers:
+        row = tl.cast(pid, tl.int64)
+        ahead = tl.load(x + row * X_STRIDE + at, mask=inside & (row < rows), other=0.0)
+        while row < rows:
+            mine, following = ahead, row + pushers
+            ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
+            _push_words(x, mine, row, at, turn, peer_words, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
+            row = following
+    else:
+        w = tl.load(weight + at, mask=inside, other=0.0)
+        param, inverse = 0.0, 0.0
+        if FMT == "fp8_tensor" or FMT == "nvfp4":
+            param = tl.load(parameter)
+            inverse = _inverse(param)
+        row = tl.cast(pid - pushers, tl.int64)
+        while row < rows:
+            mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
+            if HAS_RESIDUAL:
+                before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
+            if CLEAR:
+                start = row * (BLOCK // 2)
+                _clear_some((turn + 2) % 3, used, peer_words, nbytes, rank, start, start + 1, 1, BLOCK // 2, WORLD)
+            if WAIT:
+                words = _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT,
+                                       SPARING)
+            if WAIT and WORLD == 2:  # they are in registers already
+                summed = _plus(mine, _halves(words, x.dtype.element_ty))
+            else:
+                summed = _sum(x + row * X_STRIDE, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+            if HAS_RESIDUAL:
+                summed = _plus(before, summed)
+            _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
+                    HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
+            row += step
+        if CLEAR:  # what more the launch before used
+            _clear_some((turn + 2) % 3, used, peer_words, nbytes, rank, row * (BLOCK // 2), used * 4, step * (BLOCK // 2),
+                        BLOCK // 2, WORLD)
+    _leave_words(state, counted, (turn + 1) % 3 << 32 | rows * (SLOT // 8))
     _leave_epoch(state, counted)
 
 
@@ -774,17 +895,8 @@ def two_shot(
         summed = _sum(x + row * X_STRIDE, mine, local, at, inside, parity, peer_data, nbytes, rank, per, WORLD, SLOT)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
-        normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
-        tl.store(total + row * HIDDEN + at, summed, mask=inside)
-        if KEEP_NORM:
-            tl.store(norm + row * HIDDEN + at, normed, mask=inside)
-        if FMT != "bf16":
-            y = _ended(normed, inside, HIDDEN, BLOCK)
-            if FMT == "fp8_token":
-                param = _scale_of(_row_amax(y))
-                inverse = _inverse(param)
-            codes, scale = _quantized(y, param, inverse, FMT)
-            _store_parts(codes, scale, data, scales, row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
+        normed, codes, scale = _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
+                                       HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
         for i in tl.static_range(1, WORLD):
             slot = ((rank + i) % WORLD if LOOPBACK else rank) * per + local
             to = peer_data[i] + parity * nbytes + results + slot * ROW_BYTES
@@ -821,45 +933,25 @@ def two_shot(
 
 
 @triton.jit
-def _came_last(counter, all):
-    """Count one of `all`, by one thread, behind a barrier; 1 in that thread if it was the last of them, which has then seen
-    whatever the others stored before they counted, else 0. The counter ends at 0, as it began."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .pred p; .reg .b32 t, most;
-        mov.b32 $0, 0; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra DONE;
-        fence.acq_rel.sys; sub.u32 most, $2, 1;
-        atom.relaxed.gpu.global.inc.u32 t, [$1], most;
-        setp.eq.u32 p, t, most; @!p bra DONE;
-        fence.acq_rel.sys; mov.b32 $0, 1;
-        DONE: }""", "=&r,l,r", [counter, all], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _set_if(last, flag, epoch):
-    """Set a flag, by the thread in which `last` is 1."""
-    tl.inline_asm_elementwise("{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.relaxed.sys.global.b32 [$2], $3; mov.b32 $0, $1; }",
-                              "=r,r,l,r", [last, flag, epoch], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+         HINT: tl.constexpr):
     """Row r of x and of the residual (of x again if there is none), if there is such a row."""
     row, there = tl.cast(r, tl.int64), inside & (r < rows)
-    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0)
+    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
     if HAS_RESIDUAL:
-        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0)
+        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
     else:
         return mine, mine
 
 
 @triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at", "together"])
 def norm_quant_push(
-    x, residual, weight, parameter, total, norm, data, scales, counters, ticket,
+    x, residual, weight, parameter, total, norm, data, scales, ticket,
     peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, scales_at, together,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, HINT: tl.constexpr, RELOAD: tl.constexpr,
 ):
     """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer.
 
@@ -867,15 +959,16 @@ def norm_quant_push(
     weight        (HIDDEN,) of any float dtype
     total, norm   (rows, HIDDEN) of x's dtype, contiguous; total only with a residual
     data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
-    counters      int32 (ceil(rows / ROWS_PER_FLAG),), all 0
     ticket        int32 (1,): gets the epoch
-    together      rows that a program does for one fence, which it has to wait for: a divisor of ROWS_PER_FLAG
+    together      rows that a program does for one flag, as it has to wait for the fence before it
     AHEAD         a program loads its next row while it works on one
+    RELOAD        a program loads the weight for each row, from its cache: it takes no registers in between
+    HINT          eviction policy of loads of x and residual
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
-    which begin at byte `scales_at`. Its flag is number `s * ceil(rows / ROWS_PER_FLAG) + r // ROWS_PER_FLAG`, set once these
-    ROWS_PER_FLAG rows have come. With GATHER the kernel waits for them and copies them into data and scales; without, whatever
-    runs next on this stream has to wait for every flag before the next exchange may begin.
+    which begin at byte `scales_at`. Its flag is number `s * ceil(rows / together) + r // together`, set once these `together` rows
+    have come. With GATHER the kernel waits for them and copies them into data and scales; without, whatever runs next on this
+    stream has to wait for every flag before the next exchange may begin.
     """
     PER: tl.constexpr = 2 if FMT == "nvfp4" else 1
     SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16 if FMT == "nvfp4" else HIDDEN
@@ -884,10 +977,14 @@ def norm_quant_push(
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
     pid, step = tl.program_id(0), tl.num_programs(0)
-    blocks = (rows + ROWS_PER_FLAG - 1) // ROWS_PER_FLAG
+    groups = (rows + together - 1) // together
     base = rank * rows if GATHER else rank * 0
+    r = pid * together
+    if AHEAD:
+        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
     epoch = _epoch(state)
-    w = tl.load(weight + at, mask=inside, other=0.0)
+    if not RELOAD:
+        w = tl.load(weight + at, mask=inside, other=0.0)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
@@ -900,18 +997,17 @@ def norm_quant_push(
     counted = _count_in(state)
     if SWIZZLED:
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
-    r = pid * together
-    if AHEAD:
-        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
     while r < rows:
         row = tl.cast(r, tl.int64)
         ends = ((r + 1) % together == 0) | (r + 1 == rows)  # what is sent for one fence
         following = r + 1 + tl.where(ends, (step - 1) * together, 0)
         if AHEAD:
             summed, before = next_summed, next_before
-            next_summed, next_before = _row(x, residual, following, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+            next_summed, next_before = _row(x, residual, following, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
         else:
-            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
+        if RELOAD:
+            w = tl.load(weight + at, mask=inside, other=0.0)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
             tl.store(total + row * HIDDEN + at, summed, mask=inside)
@@ -921,11 +1017,7 @@ def norm_quant_push(
         if FMT == "bf16":
             tl.store(data + (base + row) * HIDDEN + at, normed, mask=inside)
         else:
-            y = _ended(normed, inside, HIDDEN, BLOCK)
-            if FMT == "fp8_token":
-                param = _scale_of(_row_amax(y))
-                inverse = _inverse(param)
-            codes, scale = _quantized(y, param, inverse, FMT)
+            codes, scale = _parts(normed, param, inverse, inside, HIDDEN, BLOCK, FMT)
             _store_parts(codes, scale, data, scales, base + row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
         for i in tl.static_range(1, WORLD):
             source = (rank + i) % WORLD if LOOPBACK else rank
@@ -937,12 +1029,9 @@ def norm_quant_push(
                              HIDDEN, BLOCK, FMT, False, BLOCK)
         if ends:
             tl.debug_barrier()
-            block = r // ROWS_PER_FLAG
-            of_block = tl.minimum(ROWS_PER_FLAG, rows - block * ROWS_PER_FLAG)
-            last = _came_last(counters + block, (of_block + together - 1) // together)
             for i in tl.static_range(1, WORLD):
                 source = (rank + i) % WORLD if LOOPBACK else rank
-                _set_if(last, peer_flags[i] + parity * flag_count * 4 + (source * blocks + block) * 4, epoch)
+                _set(peer_flags[i] + parity * flag_count * 4 + (source * groups + r // together) * 4, epoch)
         r = following
     if GATHER:
         for i in tl.static_range(1, WORLD):
@@ -950,7 +1039,7 @@ def norm_quant_push(
             for r in range(pid, rows, step):
                 row = tl.cast(peer * rows + r, tl.int64)
                 if WAIT:
-                    flag = peer_flags[0] + parity * flag_count * 4 + (peer * blocks + r // ROWS_PER_FLAG) * 4
+                    flag = peer_flags[0] + parity * flag_count * 4 + (peer * groups + r // together) * 4
                     _wait(flag, epoch, r, peer, report, op, limit_ns, 1)
                 of = _at(peer_data[0] + half, data) + row * DATA_ROW
                 scales_of = _at(peer_data[0] + half + scales_at, scales) + row * SCALES_ROW

@@ -1,21 +1,17 @@
 """What the Triton backends share: what they take, and how a kernel over a workspace is launched."""
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import formats
-from ...errors import FusewireError
 from ...ops.collectives import world_size
 from ...ops.dense import linear
 from .. import device, workspace
 
 HIDDEN = range(64, 16384 + 1)
-ROWS_PER_FLAG = 128  # of gathered rows, as the kernels have it
-_counters: weakref.WeakKeyDictionary[workspace.Workspace, Tensor] = weakref.WeakKeyDictionary()
 
 
 def why_not(x: Tensor, residual: Tensor | None, weight: Tensor, fmt: str, group: str) -> str | None:
@@ -68,17 +64,6 @@ def row_constants(x: Tensor, residual: Tensor | None, offset: float, cast_first:
 
 def processors(x: Tensor) -> int:
     return device.processors(x.device)
-
-
-def counters(op: str, space: workspace.Workspace) -> Tensor:
-    """int32 zeros, one for each flag that a rank can have: what counts until ROWS_PER_FLAG rows have been sent."""
-    if space not in _counters:
-        if torch.cuda.is_current_stream_capturing():
-            raise FusewireError(f"{op}: it has not run in group {space.group!r} yet, and a CUDA graph is captured; run the model "
-                                "once before the capture")
-        most = space.nbytes // (space.world_size * 32 * ROWS_PER_FLAG) + 1  # a row has at least 32 bytes
-        _counters[space] = torch.zeros(most, dtype=torch.int32, device=space.device)
-    return _counters[space]
 
 
 def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space: workspace.Workspace, tensors: list[Tensor | None],

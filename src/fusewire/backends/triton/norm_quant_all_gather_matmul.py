@@ -12,7 +12,7 @@ from ...ops.dense import linear, matmuls
 from ...ops.fused import norm_quant_all_gather_matmul
 from .. import workspace
 from ..workspace import align
-from .launch import ROWS_PER_FLAG, block_of, counters, launch, new_parts, processors, row_bytes, row_constants, why_not
+from .launch import block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
 
 NAME = "norm_quant_all_gather_matmul"
 
@@ -24,7 +24,8 @@ class Pushed(NamedTuple):
     parts         of all ranks' rows (gathered), or of this rank's, linear
     ticket        int32 (1,): the epoch whose half has the peers' rows, and which their flags hold
     scales_at     byte of that half at which the peers' scales begin. Rank s's row r is row `s * rows + r` of the data, at byte 0,
-                  and of the scales; flag `s * ceil(rows / 128) + r // 128` is set once 128 rows have come
+                  and of the scales
+    together      rows for which there is one flag: number `s * ceil(rows / together) + r // together`, set once they have come
     """
 
     total: Tensor | None
@@ -32,6 +33,7 @@ class Pushed(NamedTuple):
     parts: list[Tensor]
     ticket: Tensor
     scales_at: int
+    together: int
 
 
 def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
@@ -49,7 +51,13 @@ def _nbytes(x: Tensor, *args) -> int:
     return push_bytes(x, args[-3], args[-1])
 
 
-_AHEAD = True
+_HINT, _RELOAD = "", False  # how a program loads rows, and whether the weight with each, see the kernel
+_MOST_TOGETHER = 8
+
+
+def _ahead(rows: int) -> bool:
+    """Does a program load a row ahead? Faster with 1024 rows, slower with 4096, of 8192 on an H200 in loopback."""
+    return rows <= 2048
 
 
 def _launch_shape(hidden: int) -> tuple[int, int]:
@@ -59,9 +67,10 @@ def _launch_shape(hidden: int) -> tuple[int, int]:
 
 
 def _together(rows: int, programs: int) -> int:
-    """Rows that a program does for one fence: as many as leave no program more rows than without."""
-    most = -(-rows // programs)
-    return next(n for n in (8, 4, 2, 1) if most % n == 0)
+    """Rows that a program does for one fence: as many as leave no program more rows than without, or one in 16 more."""
+    most = math.ceil(rows / programs)
+    possible = range(_MOST_TOGETHER, 0, -1)
+    return next(n for n in possible if math.ceil(math.ceil(rows / n) / programs) * n <= most + most // 16)
 
 
 def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
@@ -83,18 +92,17 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
     parts = parts or [x.new_empty(rows * space.world_size if gather else rows, hidden)]
     ticket = torch.empty(1, dtype=torch.int32, device=x.device)
     scales_at = align(space.world_size * rows * row_bytes(x, fmt)[0], 256)
+    warps, resident = _launch_shape(hidden)
+    programs = min(rows, resident * processors(x))
+    together = _together(rows, programs) if rows else 1
     if rows:
-        blocks = math.ceil(rows / ROWS_PER_FLAG)
-        space.need(NAME, push_bytes(x, fmt, group), space.world_size * blocks)
-        warps, resident = _launch_shape(hidden)
+        space.need(NAME, push_bytes(x, fmt, group), space.world_size * -(-rows // together))
         constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space)
-        constants |= {"GATHER": gather, "WAIT": wait, "AHEAD": _AHEAD}
-        tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1],
-                   counters(NAME, space), ticket]
-        programs = min(rows, resident * processors(x))
+        constants |= {"GATHER": gather, "WAIT": wait, "AHEAD": _ahead(rows), "HINT": _HINT, "RELOAD": _RELOAD}
+        tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1], ticket]
         launch(kernels.norm_quant_push, NAME, programs, warps, resident, space, tensors,
-               (rows, eps, offset, scales_at, _together(rows, programs)), constants)
-    return Pushed(total, norm, parts, ticket, scales_at)
+               (rows, eps, offset, scales_at, together), constants)
+    return Pushed(total, norm, parts, ticket, scales_at, together)
 
 
 # 5 us: what the exchange of a row takes on two H200, see all_reduce_norm_quant.
