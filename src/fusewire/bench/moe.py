@@ -82,7 +82,7 @@ def rank(context: Any, args: argparse.Namespace) -> None:
         where = "loopback" if args.loopback else f"link {link / 1e9:.3g} GB/s" if link else "no link measured"
         console.print(f"deepseek-r1, {group.world_size} ranks, {about['gpu']}, torch {about['torch']}, {where}")
         if device.type == "cuda":
-            wrong += moe_kernels.check(device)
+            wrong += moe_kernels.check(device, "grouped_matmul" in args.parts)
         for part, measured in (("pack", moe_kernels.pack_lines), ("grouped_matmul", moe_kernels.grouped_lines)):
             if part in args.parts and device.type != "cuda":
                 out[f"{part}: its kernels run on CUDA devices, not on {device.type}"] = None

@@ -187,11 +187,11 @@ def _check_grouped(device: torch.device, fmt: str, sizes: list[int], flat: bool)
     return "" if off <= 0.01 else f"{off:.2e} from the reference"
 
 
-def check(device: torch.device) -> list[str]:
-    """What is wrong with the kernels' numbers, before any time is worth something."""
+def check(device: torch.device, grouped: bool = True) -> list[str]:
+    """What is wrong with the kernels' numbers, before any time is worth something; grouped: those of the grouped matmul too."""
     checks: dict[str, Callable[[], str]] = {"logits": lambda: _check_rows(device)}
     checks |= {f"pack {name}": partial(_check_pack, device, name) for name, f in formats.FORMATS.items() if f.layout == "linear"}
-    for name in triton.TILE:  # few rows, and more tiles than programs
+    for name in triton.TILE if grouped else ():  # few rows, and more tiles than programs
         checks[f"grouped_matmul {name}"] = partial(_check_grouped, device, name, [0, 5, 130, 0, 1, 64], False)
         for flat in (False, True):
             checks[f"grouped_matmul {name}, many{', flat' if flat else ''}"] = partial(
