@@ -775,8 +775,6 @@ def streamed(
     pid, step = tl.program_id(0), tl.num_programs(0) - pushers
     epoch = _epoch(state)
     turn, used = _words(state)
-    tl.debug_barrier()
-    counted = _count_in(state)
     if SWIZZLED:
         _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
     if pid < pushers:
@@ -787,6 +785,8 @@ def streamed(
             ahead = tl.load(x + following * X_STRIDE + at, mask=inside & (following < rows), other=0.0)
             _push_words(x, mine, row, at, turn, peer_words, nbytes, rank, rows, BLOCK, WORLD, LOOPBACK, SLOT)
             row = following
+        tl.debug_barrier()
+        counted = _count_in(state)
     else:
         w = tl.load(weight + at, mask=inside, other=0.0)
         param, inverse = 0.0, 0.0
@@ -794,6 +794,11 @@ def streamed(
             param = tl.load(parameter)
             inverse = _inverse(param)
         row = tl.cast(pid - pushers, tl.int64)
+        if CLEAR:  # what more the launch before used than has a row below
+            _clear_some((turn + 2) % 3, used, peer_words, nbytes, rank, (row + rows) * (BLOCK // 2), used * 4, step * (BLOCK // 2),
+                        BLOCK // 2, WORLD)
+        tl.debug_barrier()
+        counted = _count_in(state)
         while row < rows:
             mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
             if HAS_RESIDUAL:
@@ -813,9 +818,6 @@ def streamed(
             _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
                     HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
             row += step
-        if CLEAR:  # what more the launch before used
-            _clear_some((turn + 2) % 3, used, peer_words, nbytes, rank, row * (BLOCK // 2), used * 4, step * (BLOCK // 2),
-                        BLOCK // 2, WORLD)
     _leave_words(state, counted, (turn + 1) % 3 << 32 | rows * (SLOT // 8))
     _leave_epoch(state, counted)
 
