@@ -231,14 +231,14 @@ def sweep(seeds: range, least: int) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_1000_random_graphs():
-    sweep(range(1000), 50)
+def test_2000_random_graphs():
+    sweep(range(2000), 100)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_10000_random_graphs():
-    sweep(range(1000, 11000), 500)
+    sweep(range(2000, 12000), 500)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space
               they wait for peers whose programs wait for them
     """
     constants["num_warps"] = warps
-    constants["maxnreg"] = min(255, 65536 // (32 * warps * resident))
+    constants["maxnreg"] = min(255, 65536 // (32 * warps * resident) // 8 * 8)  # registers are given out by eights
     key = (op, kernel.__name__, space.device, *sorted(constants.items()),
            *((None if t is None else (t.dtype, t.data_ptr() % 16)) for t in tensors))
     what = f" for hidden = {constants['HIDDEN']} and {constants['FMT']}" if "HIDDEN" in constants else ""
