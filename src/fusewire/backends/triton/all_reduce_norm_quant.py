@@ -47,8 +47,7 @@ def two_shot_bytes(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
 # Programs for a row of up to so many rows, beyond which each has one: the fastest of 4, 2 and 1 for FP8 and NVFP4 on two H200,
 # hidden = 8192, but for 64 rows, where 4 need other warps to be faster.
 _ROWS_IN_PIECES, _PIECES = 32, 4
-# Programs that only push: the fastest of 16, 32, 66 and 132 on two H200, 256 to 2048 rows. And does who waits look at all words?
-_PUSHERS, _SPARING = 32, False
+_PUSHERS = 48  # programs that only push: the fastest of 16, 24, 32 and 48 on two H200, 256 to 2048 rows
 
 
 def _warps(hidden: int) -> int:
@@ -139,7 +138,7 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         if words and way == "streamed":
             pushers = min(rows, _PUSHERS)
             kernel, programs = kernels.streamed, min(rows + pushers, resident * processors(x))
-            constants |= {"CLEAR": clear, "SPARING": _SPARING}
+            constants |= {"CLEAR": clear}
             numbers = (*numbers, pushers)
         elif words and few is not None:
             kernel, (pieces, warps, resident) = kernels.one_shot_few, few

@@ -547,24 +547,14 @@ def _look(row, half, data, nbytes, rank, rows, sign, FIRST: tl.constexpr, END: t
 
 @triton.jit
 def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, rows, BLOCK: tl.constexpr, WORLD: tl.constexpr,
-                   SLOT: tl.constexpr, SPARING: tl.constexpr = False):
+                   SLOT: tl.constexpr):
     """Wait until the row of every peer has come; the words of the last peer. All threads leave together, and what any of them saw,
-    all may read.
-
-    SPARING  between looks at all words one is looked at, until it has come: for many rows, where many wait for long, as looks take
-             from the memory that others need
-    """
+    all may read."""
     absent, looks = 1, 0
     words = tl.zeros((BLOCK // 2,), tl.int32)
     while (absent != 0) & (looks < _LOOKS):
         absent, words = _look(row, half, data, nbytes, rank, rows, 1, 1, WORLD, BLOCK, WORLD, SLOT)
         looks += 1
-        if SPARING:
-            last = _ints(data[0] + half * nbytes) + ((rank + WORLD - 1) % WORLD * rows + row) * (SLOT // 2) + (SLOT // 2 - 1)
-            word, spins = tl.where(absent == 0, 0, -1), 0
-            while (word == -1) & (spins < _LOOKS):  # warps leave it one by one: nothing that they decide together depends on it
-                word = tl.load(last, volatile=True)
-                spins += 1
     if absent != 0:
         start = globaltimer()
         while absent == 1:  # clocks differ among threads: 2 once it is too late for one that misses a word
@@ -761,13 +751,11 @@ def streamed(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WAIT: tl.constexpr, CLEAR: tl.constexpr,
-    SPARING: tl.constexpr,
 ):
     """`one_shot` in words: the first `pushers` programs push all rows, in order, and do nothing else; the others push none.
 
     So the wire has the next row at once, whatever the others wait for, and rows arrive in the order in which they are waited for.
-    CLEAR False leaves out that the words of the launch before are cleared, which goes along with the rows: for tests. SPARING: see
-    `_words_arrived`.
+    CLEAR False leaves out that the words of the launch before are cleared, which goes along with the rows: for tests.
     """
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
     at = tl.arange(0, BLOCK)
@@ -807,8 +795,7 @@ def streamed(
                 start = row * (BLOCK // 2)
                 _clear_some((turn + 2) % 3, used, peer_words, nbytes, rank, start, start + 1, 1, BLOCK // 2, WORLD)
             if WAIT:
-                words = _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT,
-                                       SPARING)
+                words = _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
             if WAIT and WORLD == 2:  # they are in registers already
                 summed = _plus(mine, _halves(words, x.dtype.element_ty))
             else:
@@ -936,8 +923,9 @@ def two_shot(
 
 @triton.jit
 def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-         HINT: tl.constexpr):
+         AHEAD: tl.constexpr):
     """Row r of x and of the residual (of x again if there is none), if there is such a row."""
+    HINT: tl.constexpr = "evict_first" if AHEAD else ""
     row, there = tl.cast(r, tl.int64), inside & (r < rows)
     mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
     if HAS_RESIDUAL:
@@ -953,7 +941,7 @@ def norm_quant_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
-    AHEAD: tl.constexpr, HINT: tl.constexpr, RELOAD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer.
 
@@ -963,9 +951,8 @@ def norm_quant_push(
     data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
     ticket        int32 (1,): gets the epoch
     together      rows that a program does for one flag, as it has to wait for the fence before it
-    AHEAD         a program loads its next row while it works on one
-    RELOAD        a program loads the weight for each row, from its cache: it takes no registers in between
-    HINT          eviction policy of loads of x and residual
+    AHEAD         a program loads its next row while it works on one, rows as what is not needed again, and the weight for each row
+                  from its cache, so that it takes no registers in between
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
     which begin at byte `scales_at`. Its flag is number `s * ceil(rows / together) + r // together`, set once these `together` rows
@@ -983,9 +970,9 @@ def norm_quant_push(
     base = rank * rows if GATHER else rank * 0
     r = pid * together
     if AHEAD:
-        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
+        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
     epoch = _epoch(state)
-    if not RELOAD:
+    if not AHEAD:
         w = tl.load(weight + at, mask=inside, other=0.0)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
@@ -1005,11 +992,11 @@ def norm_quant_push(
         following = r + 1 + tl.where(ends, (step - 1) * together, 0)
         if AHEAD:
             summed, before = next_summed, next_before
-            next_summed, next_before = _row(x, residual, following, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
-        else:
-            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
-        if RELOAD:
+            next_summed, next_before = _row(x, residual, following, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL,
+                                            AHEAD)
             w = tl.load(weight + at, mask=inside, other=0.0)
+        else:
+            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
             tl.store(total + row * HIDDEN + at, summed, mask=inside)
