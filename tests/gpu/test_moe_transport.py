@@ -218,11 +218,11 @@ def test_replays_with_new_inputs(fmt):
     g = group.loopback_group(2)
     space = workspace.open(g.name, 16 << 20)
     space.memory[workspace.regions(space.nbytes, space.flag_count)[3]:].fill_(0xFF)
-    route, hidden = routing(1024), 1024
+    route, hidden, params = routing(1024), 1024, params_of(fmt)
     x, shares = rows(100, hidden, 0), rows(200, hidden, 1).contiguous()
 
     def run() -> list[Tensor]:
-        return [*torch.ops.fusewire.dispatch.pushed(x, params_of(fmt), *route, fmt, g.name), transport.combine(shares, [], g.name)]
+        return [*torch.ops.fusewire.dispatch.pushed(x, params, *route, fmt, g.name), transport.combine(shares, [], g.name)]
 
     run()
     torch.cuda.synchronize()
@@ -234,13 +234,13 @@ def test_replays_with_new_inputs(fmt):
         x.copy_(rows(100, hidden, "x", i % 7))
         shares.copy_(rows(200, hidden, "share", i % 5))
         graph.replay()
-        want = dispatch.reference(x, params_of(fmt), *route, fmt, g.name)
+        want = dispatch.reference(x, params, *route, fmt, g.name)
         chunks = shares.view(2, 100, hidden).float()
         assert not differing(captured, [*want, (chunks[0] + chunks[1]).bfloat16()]), i
         if i % 3 == 0:
             other = rows(1 + i, hidden, "other")
-            assert not differing(dispatch(other, params_of(fmt), *route, fmt, g.name),
-                                 dispatch.reference(other, params_of(fmt), *route, fmt, g.name)), i
+            assert not differing(dispatch(other, params, *route, fmt, g.name),
+                                 dispatch.reference(other, params, *route, fmt, g.name)), i
     assert space.epoch() == before + 2 * 200 + 67
     group.close(g)
 

@@ -85,8 +85,7 @@ def _candidates(fmt: str, sizes: list[int], device: torch.device, out: dict[str,
     ends = torch.tensor(sizes, device=device).cumsum(0)
     spans = list(itertools.pairwise([0, *ends.tolist()]))
     found: dict[str, Callable[[], Tensor]] = {
-        "triton": lambda: triton.by_tiles(x, [], w, ends, fmt, torch.bfloat16, False),
-        "flat": lambda: triton.by_tiles(x, [], w, ends, fmt, torch.bfloat16, True)}
+        "triton": lambda: triton.grouped_matmul(x, [], w, ends, fmt, torch.bfloat16)}
     if fmt == "bf16":
         found["loop"] = lambda: [torch.mm(x[0][a:b], v.t()) for (a, b), v in zip(spans, w[0], strict=True)][-1]
         found["single"] = lambda: torch.mm(x[0], w[0][0].t())
@@ -173,14 +172,14 @@ def _check_pack(device: torch.device, fmt: str) -> str:
     return "" if off <= 1e-4 else f"weights are off by up to {off:.2e}"
 
 
-def _check_grouped(device: torch.device, fmt: str, sizes: list[int], flat: bool) -> str:
+def _check_grouped(device: torch.device, fmt: str, sizes: list[int]) -> str:
     f, k, n = formats.get(fmt), 512, 1920
     y = torch.randn(sum(sizes) + 9, k, device=device).bfloat16()
     params = [p.to(device) for p in f.params_from_amax(y.abs().amax().float())] if f.params_from_amax else []
     ws = [f.quantize_weight(torch.randn(n, k, device=device).bfloat16()) for _ in sizes]
     stacked = [torch.stack(p) for p in zip(*ws, strict=True)]
     call = (f.quantize(y, params), params, stacked, torch.tensor(sizes, device=device).cumsum(0), fmt, torch.bfloat16)
-    got, ref = triton.by_tiles(*call, flat).double(), moe.grouped_matmul.reference(*call).double()
+    got, ref = triton.grouped_matmul(*call).double(), moe.grouped_matmul.reference(*call).double()
     if got[sum(sizes):].abs().max() > 0:
         return "rows of no expert are not zero"
     off = float((got - ref).norm() / ref.norm())
@@ -192,10 +191,8 @@ def check(device: torch.device, grouped: bool = True) -> list[str]:
     checks: dict[str, Callable[[], str]] = {"logits": lambda: _check_rows(device)}
     checks |= {f"pack {name}": partial(_check_pack, device, name) for name, f in formats.FORMATS.items() if f.layout == "linear"}
     for name in triton.TILE if grouped else ():  # few rows, and more tiles than programs
-        checks[f"grouped_matmul {name}"] = partial(_check_grouped, device, name, [0, 5, 130, 0, 1, 64], False)
-        for flat in (False, True):
-            checks[f"grouped_matmul {name}, many{', flat' if flat else ''}"] = partial(
-                _check_grouped, device, name, [0, 700, 1300, 0, 1, 2000], flat)
+        for how, sizes in (("few", [0, 5, 130, 0, 1, 64]), ("many", [0, 700, 1300, 0, 1, 2000])):
+            checks[f"grouped_matmul {name}, {how}"] = partial(_check_grouped, device, name, sizes)
     found = []
     for name, run in checks.items():
         try:

@@ -17,7 +17,6 @@ TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128
 """Format -> (rows, columns, depth) of the grouped matmul's tiles, where experts have rows enough to fill them."""
 LOGIT_PARTS = 8  # of a logit, added one after the other
 LOGIT_COLUMNS, FEW_LOGITS = 128, 2048  # columns of the router's tiles; rows up to which each program has one of the parts
-FLAT = False  # the next tile's first loads run while a tile is stored
 FEW = 64  # rows of an expert, for which narrow tiles bring the weights by all multiprocessors
 
 
@@ -135,12 +134,6 @@ def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], end
 
 @moe.grouped_matmul.backend("triton", supports=_why_not_grouped)
 def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    return by_tiles(x, params, w, ends, fmt, dtype, FLAT)
-
-
-def by_tiles(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype,
-             flat: bool) -> Tensor:
-    """`grouped_matmul`, see there, by one kernel; flat: as FLAT says, where experts have many rows."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from . import moe_kernels
@@ -150,6 +143,7 @@ def by_tiles(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tenso
     if rows:
         few = rows <= FEW * experts
         tile, warps, stages = ((64, 64, 128), 4, 3) if few else (TILE[fmt], 8, 4)
+        flat = not few and fmt != "fp8_block"  # which alone is slower so, as a rule
         programs = min((2 if few else 1) * processors(x[0]), (-(-rows // tile[0]) + experts) * -(-n // tile[1]))
         each = bool(params) and params[0].dim() > 0
         of_x, of_w = (params[0], w[-1]) if params else (ends, ends)
@@ -163,7 +157,7 @@ def by_tiles(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tenso
         moe_kernels.grouped_matmul[programs,](
             by_x, scale, by_w, w[1] if len(w) > 1 else ends, ends, out, rows, n, of_x, of_w, EACH=each, EXPERTS=experts,
             EXPERTS_BLOCK=1 << (experts - 1).bit_length(), K=k, FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2],
-            FLAT=flat and not few, num_warps=warps, num_stages=stages)
+            FLAT=flat, num_warps=warps, num_stages=stages)
     return out
 
 
