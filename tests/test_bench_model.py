@@ -73,9 +73,9 @@ def test_a_refusal_is_one_sentence(tmp_path, command, sentence):
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"fusewire: {sentence}"), done.stderr
 
 
-def captured(group, decode=False, config=None):
+def captured(group, decode=False, config=None, layers=1):
     """(a tiny stack compiled and run once unfused, its inputs, its logits)."""
-    m = stack(shapes.get("tiny"), 1, "fp8_tensor", group, CPU, (4, ARGS.context) if decode else None)
+    m = stack(shapes.get("tiny"), layers, "fp8_tensor", group, CPU, (4, ARGS.context) if decode else None)
     compiled = compile(m, config or Config(), {"input_ids": 0} if decode else None)
     compiled.plan = "unfused"
     inputs = (model.decode_inputs if decode else model.prompt_inputs)(4, ARGS, CPU)
@@ -140,6 +140,12 @@ def test_the_librarys_collectives_give_the_same_logits():
     """Of two ranks a sum has one order, so even its bits are the same."""
     for want, got in run_ranks(two_ranks, 2):
         assert torch.equal(want, got)
+
+
+def test_inductor_keeps_the_caches_of_two_layers_apart():
+    """They are written to, and one fake value stands for both."""
+    want, got = (captured(groups.loopback_group(2), True, Config(codegen=code), 2)[2] for code in ("fx", "inductor"))
+    assert float((got - want).double().norm() / want.double().norm()) < model.FAR
 
 
 def test_a_decode_step_sees_the_cache_and_the_new_token():

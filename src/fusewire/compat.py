@@ -210,14 +210,24 @@ def bare_size(symbol: object, gm: torch.fx.GraphModule) -> torch.SymInt:
     return env.create_symintnode(symbol, hint=int(hints_of(env)[symbol]))
 
 
+def _of_its_own(x: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like a fake one."""
+    with x.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
 def inductor(gm: torch.fx.GraphModule, inputs: list, cache_tag: str):
-    """Inductor's code for an aten graph, as a function of the list of inputs. `cache_tag` becomes part of its cache keys."""
+    """Inductor's code for an aten graph, as a function of the list of inputs. `cache_tag` becomes part of its cache keys.
+
+    Each input is taken for a tensor of its own, whatever fake values they share: of one that is written to, Inductor would expect
+    to be given it twice.
+    """
     from torch._inductor.compile_fx import compile_fx
     from torch.utils._python_dispatch import _disable_current_modes
 
     # At run time, where this is called, AOT watches the first call with a mode of its own, which compiling must not meet.
     with _disable_current_modes(), torch.compiler.config.patch(cache_key_tag=cache_tag), torch.no_grad():  # type: ignore[attr-defined]
-        run = compile_fx(gm, inputs)
+        run = compile_fx(gm, [_of_its_own(x) if isinstance(x, torch.Tensor) else x for x in inputs])
     return lambda args: run(*args)
 
 
