@@ -280,9 +280,10 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         asm volatile("ld.shared.b32 %0, [%1];" : "=r"(epoch) : "r"(epoch_at));
         return epoch;
     };
-    // Each warpgroup's buffers are used in turn. A use: the buffer is free; of a sum with a peer's, that came; the warpgroup has
-    // made what goes, or of a sum only read what came; that has gone, and the buffer is free. A barrier's parity tells a phase from
-    // the next, not from the one after: nobody may pass a phase by, and what is not part of every use has parities of its own.
+    // Each warpgroup's buffers are used in turn, and every use goes round: the buffer is free; REDUCE: warp 3 has brought a peer's
+    // part of the sum, or nothing if the tile goes to a peer; the warpgroup has made what goes, or of all but the last part only
+    // read it; that has gone, and the buffer is free. A barrier's parity tells a phase from the next, not from the one after, so
+    // each of them takes part in every use: who may skip one may also come two late, and would wait for ever.
     const uint32_t rings = bars + 8 * 2 * STAGES;
     auto free_ = [&](int wg, int i) { return rings + 8 * (wg * RING + i); };
     auto came = [&](int wg, int i) { return rings + 8 * ((2 + wg) * RING + i); };
@@ -344,16 +345,23 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
             // A warpgroup that multiplies must not wait for its stores to arrive, nor for the fence before a flag.
             const int wg = warp - 1, epoch = REDUCE ? epoch_begun() : 0;  // not before the peers' halves are free
             int buffer = 0, turn = 0, before = -1;  // before: the buffer whose store is under way beside the newest
-            uint32_t parities = 0;
+            uint32_t parity = 0;
+            auto next = [&]() {
+                if (++buffer == RING) buffer = 0, parity ^= 1;
+            };
             for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
                 if (TURNS && turn++ % 2 != wg) continue;
                 const Tile tile = tile_at(p, t, tm, tn, step, program);
                 const bool away = REDUCE && tile.shard != p.rank;
                 for (int i = 0; i < BLOCKS * PIECES; i++) {
                     const int row = tile.row + (TURNS ? i / PIECES : wg) * 64, column = tile.column + i % PIECES * PIECE;
-                    if (REDUCE && !away) buffer = (buffer + p.world - 2) % RING;  // where only something came
-                    barrier_wait(made(wg, buffer), parities >> buffer & 1);
-                    parities ^= 1u << buffer;
+                    for (int read = REDUCE && !away ? p.world - 2 : 0; read > 0; read--) {
+                        barrier_wait(made(wg, buffer), parity);
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(free_(wg, buffer));
+                        next();
+                    }
+                    barrier_wait(made(wg, buffer), parity);
                     const uint32_t from = buffer_at(wg, buffer);
                     if (away) {
                         const int n = p.n[0], unit = lane % UNITS, rows = min(64, p.m - row);
@@ -374,7 +382,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         before = more ? buffer : -1;
                         if (!more) barrier_arrive(free_(wg, buffer));
                     }
-                    if (++buffer == RING) buffer = 0;
+                    __syncwarp();  // no lane may miss a phase
+                    next();
                 }
                 if (away && lane == 0)
                     for (int block = TURNS ? 0 : wg; block <= (TURNS ? 1 : wg); block++)
@@ -410,6 +419,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                             barrier_expect(bar, PIECE_BYTES);
                             load_tile(buffer_at(wg, buffer[wg]), p.partial, bar, tile.column + i % PIECES * PIECE,
                                       tile.row + block * 64, source);
+                        } else {
+                            barrier_arrive(bar);
                         }
                         if (++buffer[wg] == RING) buffer[wg] = 0, parity[wg] ^= 1;
                     }
@@ -422,7 +433,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         const bool elected = threadIdx.x % 128 == 0;
         const int own_row = warp % 4 * 16 + lane / 4;  // and that + 8, of a block's 64
         int stage = 0, buffer = 0, turn = 0;
-        uint32_t parity = 0, free_parity = 1, came_parities = 0, go_parity = wg ^ 1;  // warpgroup 0 begins
+        uint32_t parity = 0, buffer_parity = 0, go_parity = wg ^ 1;  // warpgroup 0 begins
         auto release = [&](int of) {
             if (of < 0 || !elected) return;
             if (CLUSTER == 1) barrier_arrive(empty(of));
@@ -526,7 +537,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     return buffer_at(wg, buffer) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4;
                 };
                 auto next = [&]() {
-                    if (++buffer == RING) buffer = 0, free_parity ^= 1;
+                    if (++buffer == RING) buffer = 0, buffer_parity ^= 1;
                 };
                 if (REDUCE && own) {  // the ranks' partial sums, each rounded as it was sent, in rank order
                     float sum[PIECE / 2];
@@ -535,11 +546,10 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         if (!from_here) {
                             if (peer++) {  // all have read what came before
                                 asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
-                                if (elected) barrier_arrive(free_(wg, buffer));
+                                if (elected) barrier_arrive(made(wg, buffer));
                                 next();
                             }
-                            barrier_wait(came(wg, buffer), came_parities >> buffer & 1);
-                            came_parities ^= 1u << buffer;
+                            barrier_wait(came(wg, buffer), buffer_parity);
                         }
                         #pragma unroll
                         for (int j = 0; j < PIECE / 4; j++) {
@@ -553,7 +563,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     #pragma unroll
                     for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(sum[2 * j], sum[2 * j + 1]);
                 } else {
-                    barrier_wait(free_(wg, buffer), free_parity);
+                    barrier_wait(REDUCE ? came(wg, buffer) : free_(wg, buffer), buffer_parity ^ !REDUCE);
                 }
                 #pragma unroll
                 for (int j = 0; j < PIECE / 4; j++)

@@ -54,14 +54,10 @@ class Config:
 
     def possible(self) -> bool:
         """Whether a tile's sums fit the registers, beside what else is there; the tensor core's own take as many again. Pieces of
-        32 columns would make adding the peers' partial sums slow.
-
-        To "reduce", warpgroups do not take turns: one of them can fill its buffers twice while the warp that brings partial sums
-        waits for those of the other, and this warp, which knows a phase of a barrier by its parity, then waits for ever.
-        """
+        32 columns would make adding the peers' partial sums slow."""
         registers = self.columns * (2 if self.turns else 1) // 2 * (2 if self.precise else 1)
-        return (registers <= (192 if self.turns else 128) and self.fp8 >= self.precise
-                and (self.mode != "reduce" or (self.columns % 64 == 0 and not self.turns)))
+        return (registers <= (192 if self.turns and self.mode != "reduce" else 128) and self.fp8 >= self.precise
+                and (self.mode != "reduce" or self.columns % 64 == 0))
 
 
 # For the choice of a tile, from measurements on an H200: a tile takes (columns + TILE_COLUMNS) * bytes of k * COLUMN_BYTE_US, more
