@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         if (row < p.m && column < p.n[tile.weight])
                             store_piece(p.c[tile.weight], from, column, row, REDUCE ? 0 : tile.shard);
                         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-                        const bool more = i + 1 < BLOCKS * PIECES;
+                        const bool more = !REDUCE && i + 1 < BLOCKS * PIECES;  // parts of the next sum may need this buffer
                         if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
                         else asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
                         if (before >= 0) barrier_arrive(free_(wg, before));
@@ -415,7 +415,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         barrier_wait(free_(wg, buffer[wg]), parity[wg]);
                         if (tile.shard == p.rank) {
                             if (i % PIECES == 0)
-                                wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + block, epoch, source, tile.index);
+                                wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + block, epoch, source,
+                                          tile.index);
                             barrier_expect(bar, PIECE_BYTES);
                             load_tile(buffer_at(wg, buffer[wg]), p.partial, bar, tile.column + i % PIECES * PIECE,
                                       tile.row + block * 64, source);
