@@ -66,10 +66,12 @@ def gather(
                                WORLD, 2 * WORDS)
     for i in tl.static_range(1, WORLD):
         peer = (rank + i) % WORLD
-        if not WAIT or i < WORLD - 1:  # the last peer's are in registers
+        if WAIT and i == WORLD - 1:  # they are in registers
+            come = words
+        else:
             of = _ints(_place(peer_words[0], turn, nbytes, peer, WORDS))
-            words = tl.load(of + tl.arange(0, WORDS), cache_modifier=".cg")
-        tl.store(out + peer.to(tl.int64) * count + at, words, mask=at < count)
+            come = tl.load(of + tl.arange(0, WORDS), cache_modifier=".cg")
+        tl.store(out + peer.to(tl.int64) * count + at, come, mask=at < count)
     _leave_words(state, counted, (turn + 1) % 3 << 32 | tl.num_programs(0).to(tl.int64) * (WORDS // 4))
     _leave_epoch(state, counted)
 
