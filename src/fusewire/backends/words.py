@@ -23,8 +23,9 @@ def gather(x: list[Tensor], space: Workspace, op: str, wait: bool = True) -> lis
     from .triton import words as kernels
     from .triton.launch import launch
 
-    if any(t.dtype not in NAN_WHERE_SENT or t.numel() * t.element_size() % 4 or t.data_ptr() % 4 for t in x):
+    if any(t.dtype not in NAN_WHERE_SENT or t.numel() * t.element_size() % 4 for t in x):
         return None
+    x = [t.clone() if t.data_ptr() % 4 else t for t in x]  # where a rank's rows lie must not decide which way all take
     ints = [t.view(-1).view(torch.uint8).view(torch.int32) for t in x]
     if (size := _size([t.numel() for t in ints], space)) is None:
         return None
@@ -32,7 +33,7 @@ def gather(x: list[Tensor], space: Workspace, op: str, wait: bool = True) -> lis
     to = [t.view(-1).view(torch.uint8).view(torch.int32) for t in out]
     blocks = [math.ceil(t.numel() / size) for t in ints]
     launch(kernels.gather, op, sum(blocks), WARPS, RESIDENT, space, [ints[0], ints[-1], to[0], to[-1]],
-           (ints[0].numel(), ints[-1].numel(), blocks[0]), _constants(space, size, wait), words=True)
+           (blocks[0],), _constants(space, size, wait), True, (ints[0].numel(), ints[-1].numel()))
     return out
 
 
@@ -46,8 +47,8 @@ def reduce(y: Tensor, space: Workspace, op: str, wait: bool = True) -> Tensor | 
     if y.dtype not in (torch.bfloat16, torch.float16) or (size := _size([math.ceil(count / 2)], space)) is None:
         return None
     out = y.new_empty((y.shape[0] // space.world_size, *y.shape[1:]))
-    launch(kernels.reduce, op, math.ceil(count / (2 * size)), WARPS, RESIDENT, space, [y, out], (count,),
-           _constants(space, size, wait), words=True)
+    launch(kernels.reduce, op, math.ceil(count / (2 * size)), WARPS, RESIDENT, space, [y, out], (),
+           _constants(space, size, wait), True, (count,))
     return out
 
 

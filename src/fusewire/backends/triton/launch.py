@@ -67,20 +67,22 @@ def processors(x: Tensor) -> int:
 
 
 def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space: workspace.Workspace, tensors: list[Tensor | None],
-           numbers: tuple, constants: dict[str, Any], words: bool = False) -> None:
-    """Launch a kernel whose arguments are tensors, those of the workspace, `numbers` and constants.
+           numbers: tuple, constants: dict[str, Any], words: bool = False, counts: tuple[int, ...] = ()) -> None:
+    """Launch a kernel whose arguments are tensors, those of the workspace, `counts`, `numbers` and constants.
 
     words     it has the words instead of the data
+    counts    numbers that Triton compiles it for: whether they are 1 or multiples of 16
     programs  of `warps` warps, of which `resident` fit on a multiprocessor: all of a launch must be on the device at once, as
               they wait for peers whose programs wait for them
     """
     constants["num_warps"] = warps
     constants["maxnreg"] = min(255, 65536 // (32 * warps * resident) // 8 * 8)  # registers are given out by eights
     key = (op, kernel.__name__, space.device, *sorted(constants.items()),
-           *((None if t is None else (t.dtype, t.data_ptr() % 16)) for t in tensors))
+           *((None if t is None else (t.dtype, t.data_ptr() % 16)) for t in tensors),
+           *((n == 1, n % 16 == 0) for n in counts))
     what = f" for hidden = {constants['HIDDEN']} and {constants['FMT']}" if "HIDDEN" in constants else ""
     device.warm_up(key, f"{op}: its kernel {kernel.__name__}{what}")
     data, flags, all_words = space.from_here
     where, nbytes = (all_words, space.word_bytes) if words else (data, space.nbytes)
     kernel[(programs,)](*tensors, where, flags, space.state, space.report, nbytes, space.flag_count, space.rank,
-                        workspace.op_number(op), space.limit_ns, *numbers, **constants)
+                        workspace.op_number(op), space.limit_ns, *counts, *numbers, **constants)
