@@ -38,6 +38,7 @@ def started(rank: int, folder: str, plans: tuple[str, ...]) -> dict:
     """A start of the program on one rank: {"logits": {plan: [...]}, "kernels": hits and misses, "tags", "ops"}."""
     from torch._dynamo.utils import counters
 
+    counters.clear()  # a rank is forked from a process that may have compiled
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{rank}"
     compiled = fusewire.compile(fusewire.parallelize(model(), None, FORMAT), Config(codegen="inductor"))
     logits, ran = {}, Counter()
