@@ -249,18 +249,19 @@ def compiling() -> int:
 
 
 @functools.cache
-def run_numbers(world: int) -> list[dict[str, list]] | Exception:
+def run_numbers(numbers: Callable, launches: Callable, world: int) -> list[dict[str, list]] | Exception:
+    """What `numbers` gives on each rank, once for all formats, after the kernels of `launches` have been compiled."""
     try:
         ranks.run_ranks(compile_ahead, compiling(), compiling(), launches, world, timeout_s=300)
         return ranks.run_ranks(numbers, world, world, timeout_s=500)
-    except Exception as e:  # once for all formats
+    except Exception as e:
         return e
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_numbers(world, fmt):
-    if isinstance(ran := run_numbers(world), Exception):
+    if isinstance(ran := run_numbers(numbers, launches, world), Exception):
         raise ran
     results = [r[fmt] for r in ran]
     assert results[0][0] >= len(TOKENS[world])

@@ -11,9 +11,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import dist as ranks
 import pytest
 import torch
-import torch.distributed as dist
 from test_all_reduce_norm_quant import compile_ahead, compiling, group_of_one
-from test_transfers import connect, rows
+from test_transfers import connect, late, rows
 from torch import Tensor
 
 from fusewire import formats, group
@@ -172,16 +171,7 @@ def unguarded(rank: int, what: str, wait: bool) -> bool:
         run(3.0, True)
     want = everything(counts, hidden, route, "fp8_block") if what == "dispatch" else [
         (shares[0].float() + shares[1].float()).bfloat16()[:counts[0]]]
-    torch.cuda.synchronize()
-    if rank == 1:
-        dist.barrier()
-    out = run(1.0, wait)
-    if rank == 0:
-        if not wait:
-            torch.cuda.synchronize()
-        dist.barrier()
-    torch.cuda.synchronize()
-    dist.barrier()
+    out = late(rank, wait, lambda: run(1.0, wait))
     return rank == 1 or not differing(out, want)
 
 

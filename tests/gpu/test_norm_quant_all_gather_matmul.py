@@ -16,14 +16,13 @@ from test_all_reduce_norm_quant import (
     FORMATS,
     VARIANTS,
     WAYS,
-    compile_ahead,
-    compiling,
     connect,
     digest,
     group_of_one,
     norm_problems,
     params_of,
     rows,
+    run_numbers,
     same,
 )
 
@@ -114,19 +113,10 @@ def launches(world: int) -> Iterable[Callable]:
         yield functools.partial(pushed, *arguments(0, 3, hidden, variant, False), variant, params_of(fmt), fmt, name)
 
 
-@functools.cache
-def run_numbers(world: int) -> list[dict[str, list]] | Exception:
-    try:
-        ranks.run_ranks(compile_ahead, compiling(), compiling(), launches, world, timeout_s=300)
-        return ranks.run_ranks(numbers, world, world, timeout_s=500)
-    except Exception as e:  # once for all formats
-        return e
-
-
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("world", (2, 4, 8))
 def test_numbers(world, fmt):
-    if isinstance(ran := run_numbers(world), Exception):
+    if isinstance(ran := run_numbers(numbers, launches, world), Exception):
         raise ran
     results = [r[fmt] for r in ran]
     assert [r[0] for r in results] == [[]] * world

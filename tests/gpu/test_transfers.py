@@ -189,6 +189,21 @@ def test_numbers(world, fmt):
 WITHOUT_WAIT = {"push": gathers.pushed, "gated": gathers.in_one_kernel}
 
 
+def late(rank: int, wait: bool, call):
+    """What `call` gives on this rank, of which rank 1 comes once rank 0 has called; without a wait, once rank 0 has finished."""
+    torch.cuda.synchronize()
+    if rank == 1:
+        dist.barrier()
+    out = call()
+    if rank == 0:
+        if not wait:
+            torch.cuda.synchronize()
+        dist.barrier()
+    torch.cuda.synchronize()
+    dist.barrier()
+    return out
+
+
 def unguarded(rank: int, backend: str, wait: bool) -> bool:
     """Does rank 0, whose peer comes late, get the right rows?"""
     name, (m, k, n) = connect(), (512, 1024, 256)
@@ -196,16 +211,7 @@ def unguarded(rank: int, backend: str, wait: bool) -> bool:
     run = functools.partial(WITHOUT_WAIT[backend], params=[], ws=w, biases=[None], fmt="bf16", dtype=torch.bfloat16, group=name)
     for _ in range(2):  # every kernel is built, both halves have been used
         run([xs[rank] * 3])
-    torch.cuda.synchronize()
-    if rank == 1:
-        dist.barrier()
-    out = run([xs[rank]], wait=wait)[0]
-    if rank == 0:
-        if not wait:
-            torch.cuda.synchronize()
-        dist.barrier()
-    torch.cuda.synchronize()
-    dist.barrier()
+    out = late(rank, wait, lambda: run([xs[rank]], wait=wait)[0])
     full = [torch.cat(xs)]
     return bool(torch.equal(out, gemm.product(full, [], w, None, "bf16") if backend == "gated" else full[0] @ w[0].t()))
 

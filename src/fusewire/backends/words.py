@@ -26,11 +26,11 @@ def gather(x: list[Tensor], space: Workspace, op: str, wait: bool = True) -> lis
     if any(t.dtype not in NAN_WHERE_SENT or t.numel() * t.element_size() % 4 for t in x):
         return None
     x = [t.clone() if t.data_ptr() % 4 else t for t in x]  # where a rank's rows lie must not decide which way all take
-    ints = [t.view(-1).view(torch.uint8).view(torch.int32) for t in x]
+    ints = [_ints(t) for t in x]
     if (size := _size([t.numel() for t in ints], space)) is None:
         return None
     out = [t.new_empty((space.world_size * t.shape[0], *t.shape[1:])) for t in x]
-    to = [t.view(-1).view(torch.uint8).view(torch.int32) for t in out]
+    to = [_ints(t) for t in out]
     blocks = [math.ceil(t.numel() / size) for t in ints]
     launch(kernels.gather, op, sum(blocks), WARPS, RESIDENT, space, [ints[0], ints[-1], to[0], to[-1]],
            (blocks[0],), _constants(space, size, wait), True, (ints[0].numel(), ints[-1].numel()))
@@ -50,6 +50,10 @@ def reduce(y: Tensor, space: Workspace, op: str, wait: bool = True) -> Tensor | 
     launch(kernels.reduce, op, math.ceil(count / (2 * size)), WARPS, RESIDENT, space, [y, out], (),
            _constants(space, size, wait), True, (count,))
     return out
+
+
+def _ints(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8).view(torch.int32)
 
 
 def _size(counts: list[int], space: Workspace) -> int | None:
