@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import fusewire.backends  # noqa: F401  (registers them)
-from fusewire import group
-from fusewire.backends import workspace
+from fusewire import group, tuning
+from fusewire.backends import device, workspace
 from fusewire.config import NVLINK
 from fusewire.errors import FusewireError, InputError
 from fusewire.ops.collectives import all_gather, all_reduce, reduce_scatter
@@ -93,6 +93,20 @@ def test_where_nothing_was_measured_middle_sizes_are_streamed():
 
     assert [best(rows) for rows in (1, 128, 256, 512, 2048, 4096)] == ["one_shot"] * 2 + ["streamed"] * 3 + ["one_shot"]
     group.close(g)
+
+
+def test_what_travels_nowhere_is_not_streamed(monkeypatch):
+    monkeypatch.setattr(device, "why_not", lambda d: None)
+    x = torch.empty(512, 8192, dtype=torch.bfloat16, device="meta")
+    chosen = {}
+    for g in (group.loopback_group(2), group.fake_group(2)):
+        monkeypatch.setitem(group.workspaces, g.name, 1 << 30)
+        tuning.use(g, None, NVLINK)
+        chosen[group.kind(g.name)] = all_reduce_norm_quant.select(x, None, x[0], 1e-6, 0.0, False, [], "bf16", True, g.name)
+        group.close(g)
+    assert {kind: c.backend.name for kind, c in chosen.items()} == {"loopback": "one_shot", "fake": "streamed"}
+    assert chosen["loopback"].refused == ["streamed: in a loopback group nothing travels, so programs that only push save nothing"]
+    assert chosen["fake"].refused == []
 
 
 def test_rows_that_share_a_fence_take_no_program_much_longer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import group as groups
 from ...op import Usage
 from ...ops.collectives import world_size
 from ...ops.fused import all_reduce_norm_quant
@@ -89,7 +90,13 @@ def _streamed_seconds(u: Usage) -> float:
     return 5e-6 + pushed if words > workspace.WORD_BYTES else 5.5e-6 + 0.95 * pushed
 
 
-@all_reduce_norm_quant.backend("streamed", supports=_why_not, nbytes=one_shot_bytes, seconds=_streamed_seconds)
+def _why_not_streamed(*args) -> str | None:
+    if (why := _why_not(*args)) is None and groups.kind(args[-1]) == "loopback":
+        return "in a loopback group nothing travels, so programs that only push save nothing"
+    return why
+
+
+@all_reduce_norm_quant.backend("streamed", supports=_why_not_streamed, nbytes=one_shot_bytes, seconds=_streamed_seconds)
 def streamed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool,
              params: list[Tensor], fmt: str, keep_norm: bool, group: str) -> list[Tensor]:
     """One shot with programs that only push, in words; what these have no room for goes as in `one_shot`."""
