@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fusewire.launch import _follows
+from fusewire.launch import _device, _follows
 
 GRACE_S = 0.3  # how long the other ranks may still report after the first failure
 
@@ -52,6 +52,11 @@ def run_ranks(fn: Callable, world_size: int, *args, timeout_s: float = 120) -> l
                     p.kill()
                 if p.pid:
                     p.join()
+
+
+def use_device() -> torch.device:
+    """Rank side: this rank's CUDA device, now the current one; ranks share devices by turns where there are fewer."""
+    return _device(dist.get_rank(), dist.get_world_size(), "cuda")
 
 
 def _wait(procs: list, d: Path, timeout_s: float) -> None:

@@ -1,6 +1,6 @@
-"""all_reduce_norm_quant's kernels with 2, 4 and 8 ranks that share one GPU: numbers, graphs, and a rank that stays away.
+"""all_reduce_norm_quant's kernels with 2, 4 and 8 ranks: numbers, graphs, and a rank that stays away.
 
-Sharing proves numbers and protocols, not speed: ranks wait for each other's time slices.
+Ranks share GPUs where there are fewer. That proves numbers and protocols, not speed: they wait for each other's time slices.
 """
 from __future__ import annotations
 
@@ -132,8 +132,7 @@ def params_of(fmt: str) -> list[Tensor]:
 
 def connect(nbytes: int = 0, limit_s: float = 60.0) -> str:
     """Rank side: the default group's name, its workspace open."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(0)
+    ranks.use_device()
     name = dist.group.WORLD.group_name
     workspace.open(name, nbytes or max(4, dist.get_world_size()) * MOST * 16384 * 2, limit_s=limit_s)
     return name
@@ -214,7 +213,7 @@ def compile_ahead(rank: int, count: int, calls: Callable[..., Iterable[Callable]
     from triton.runtime.jit import JITFunction
 
     JITFunction.__getitem__ = lambda self, grid: functools.partial(self.warmup, grid=grid)
-    torch.cuda.set_device(0)
+    ranks.use_device()
     for call in itertools.islice(calls(*args), rank, None, count):
         call()
 

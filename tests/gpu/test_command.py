@@ -173,7 +173,7 @@ def test_tune_measures_and_the_model_runs_by_it(g, tmp_path):
 
 
 def exchanged(rank: int) -> list[torch.Tensor]:
-    torch.cuda.set_device(0)
+    ranks.use_device()
     name, x = dist.group.WORLD.group_name, torch.arange(8.0, device="cuda").view(4, 2) + 100 * rank
     out = [*all_gather([x, x.half()], name), reduce_scatter(x, name), all_reduce(x, name)]
     assert all(t.is_cuda for t in out)

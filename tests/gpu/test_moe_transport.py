@@ -1,4 +1,4 @@
-"""Experts over a workspace with 2, 4 and 8 ranks that share one GPU, and in loopback: the reference's bits, whatever ranks hold."""
+"""Experts over a workspace with 2, 4 and 8 ranks, and in loopback: the reference's bits, whatever ranks hold."""
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,4 @@
-"""The boundary of the sharded plan with 2, 4 and 8 ranks that share one GPU: numbers, graphs, and mixed with other exchanges."""
+"""The boundary of the sharded plan with 2, 4 and 8 ranks: numbers, graphs, and mixed with other exchanges."""
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,5 @@
-"""all_gather_matmul and matmul_reduce_scatter over a workspace, by every backend: 2, 4 and 8 ranks that share one GPU, and
-loopback, where one process plays all ranks. Sharing proves numbers and protocols, not speed."""
+"""all_gather_matmul and matmul_reduce_scatter over a workspace, by every backend: 2, 4 and 8 ranks, which share GPUs where
+there are fewer, and loopback, where one process plays all ranks. Sharing proves numbers and protocols, not speed."""
 from __future__ import annotations
 
 import functools
@@ -141,8 +141,7 @@ def scattered(rank: int, world: int, shape: tuple, fmt: str, name: str) -> tuple
 
 
 def connect(nbytes: int = 64 << 20, limit_s: float = 60.0) -> str:
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(0)
+    ranks.use_device()
     name = dist.group.WORLD.group_name
     space = workspace.open(name, nbytes, limit_s=limit_s)
     space.memory[workspace.regions(space.nbytes, space.flag_count)[3]:].fill_(0xFF)  # NaN in every format
