@@ -51,36 +51,59 @@ def rows(tokens: int, hidden: int, *key: object, special: bool = False) -> Tenso
     x = torch.randn(tokens, hidden, device="cuda", generator=g) * torch.logspace(-3, 2, tokens, device="cuda")[:, None]
     x = x.bfloat16()
     if special:
-        values = torch.tensor(SPECIAL, device="cuda").bfloat16()
+        values = special_values()
         for i in range(0, tokens, 3):
             x[i, i % 7::(11, 101, hidden)[i // 3 % 3]] = values[i // 3 % len(values)]
     return x
 
 
-def ulps(a: Tensor, b: Tensor) -> int:
-    """The largest distance of two bf16 tensors in representable numbers; NaNs are equal."""
+@functools.cache
+def special_values() -> Tensor:
+    return torch.tensor(SPECIAL, device="cuda").bfloat16()
+
+
+# What checks found: what is wrong, and how much of it, 0 if nothing is. It stays on the device until all is checked: a rank that
+# waits for a shared device waits for the time slices of those that wait for it.
+Found = list[tuple[str, Tensor]]
+
+
+def said(found: Found) -> list[str]:
+    numbers = torch.stack([n.long() for _, n in found]).tolist()
+    return [f"{what}: {n}" for (what, _), n in zip(found, numbers, strict=True) if n]
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """The largest distance of two bf16 tensors in representable numbers; NaNs are equal, and far from others."""
     def order(t: Tensor) -> Tensor:
         i = t.view(torch.int16).int()
         return torch.where(i < 0, -(i & 0x7FFF), i)
 
-    distance = (order(a) - order(b)).abs()
-    nan = a.isnan() | b.isnan()
-    if not torch.equal(a.isnan(), b.isnan()):
-        return 1 << 16
-    return int(torch.where(nan, 0, distance).max()) if a.numel() else 0
+    if not a.numel():
+        return torch.zeros((), device=a.device)
+    distance = torch.where(a.isnan() != b.isnan(), 1 << 16, (order(a) - order(b)).abs())
+    return torch.where(a.isnan() & b.isnan(), 0, distance).max()
+
+
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """How many bytes differ, but for which NaN a float32 or bf16 NaN is; 1 of tensors that are not of one shape and dtype."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return torch.ones((), device=a.device)
+    if a.dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.where(t.isnan(), torch.nan, t) for t in (a, b))
+    return (a.reshape(-1).view(torch.uint8) != b.reshape(-1).view(torch.uint8)).sum()
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bits, but for which NaN a float32 or bf16 NaN is."""
-    if a.shape != b.shape or a.dtype != b.dtype or not a.numel():
-        return a.shape == b.shape and a.dtype == b.dtype
-    if a.dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.where(t.isnan(), torch.nan, t) for t in (a, b))
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return not differing(a, b)
+
+
+def differ(what: str, got: Iterable[Tensor], want: Iterable[Tensor]) -> Found:
+    return [(f"{what}: bytes of output {i} that differ", differing(*t)) for i, t in enumerate(zip(got, want, strict=True))]
 
 
 def digest(out: list[Tensor]) -> str:
-    return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).cpu().numpy().tobytes() for t in out)).hexdigest()[:16]
+    joined = torch.cat([t.reshape(-1).view(torch.uint8) for t in out])
+    return hashlib.sha256(joined.cpu().numpy()).hexdigest()[:16]
 
 
 def expected_total(xs: list[Tensor], residual: Tensor | None) -> Tensor:
@@ -91,7 +114,7 @@ def expected_total(xs: list[Tensor], residual: Tensor | None) -> Tensor:
     return total if residual is None else residual + total
 
 
-def norm_problems(norm: Tensor, total: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> list[str]:
+def norm_problems(norm: Tensor, total: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> Found:
     """Is the norm at most 1 ULP from the formula's?
 
     With cast_first the formula rounds twice, and two values that are 1 ULP apart after the first rounding may be 2 apart after
@@ -100,34 +123,28 @@ def norm_problems(norm: Tensor, total: Tensor, weight: Tensor, eps: float, offse
     """
     want = rms_norm.reference(total, weight, eps, offset, cast_first)
     if not cast_first:
-        return [f"the norm is {far} ULP away"] if (far := ulps(norm, want)) > 1 else []
+        far = ulps(norm, want)
+        return [("ULP of the norm", torch.where(far > 1, far, 0))]
     first = rms_norm.reference(total, torch.ones_like(weight), eps, 0.0, False)
-    low, high = ((weight.float() * torch.nextafter(first, first.new_full((), end)).float()).to(norm.dtype)
+    low, high = ((weight.float() * torch.nextafter(first, torch.full_like(first, end)).float()).to(norm.dtype)
                  for end in (-float("inf"), float("inf")))
     lower, upper = torch.minimum(low, high), torch.maximum(low, high)
     outside = ~((norm >= lower) & (norm <= upper)) & ~(norm.isnan() & want.isnan())
-    return [f"{int(outside.sum())} elements of the norm are more than 1 ULP away before the weight"] if outside.any() else []
+    return [("elements of the norm that are more than 1 ULP away before the weight", outside.sum())]
 
 
 def problems(out: list[Tensor], xs: list[Tensor], residual: Tensor | None, weight: Tensor, eps: float, offset: float,
-             cast_first: bool, params: list[Tensor], fmt: str) -> list[str]:
+             cast_first: bool, params: list[Tensor], fmt: str) -> Found:
     """What is wrong with an op's outputs, of which the norm was kept."""
     total, norm, *parts = out
-    wrong = []
-    if not same(total, expected_total(xs, residual)):
-        wrong.append(f"the sum differs by {ulps(total, expected_total(xs, residual))} ULP")
-    wrong += norm_problems(norm, total, weight, eps, offset, cast_first)
-    if fmt != "bf16":
-        for p, got, want in zip(formats.get(fmt).parts, parts, formats.get(fmt).quantize(norm, params), strict=True):
-            if not same(got, want):
-                n = int((got.reshape(-1).view(torch.uint8) != want.reshape(-1).view(torch.uint8)).sum())
-                wrong.append(f"{n} of {got.numel()} bytes of {p.name} differ")
-    return wrong
+    found = [("bytes of the sum", differing(total, expected_total(xs, residual)))]
+    found += norm_problems(norm, total, weight, eps, offset, cast_first)
+    return found + ([] if fmt == "bf16" else differ("its parts", parts, formats.get(fmt).quantize(norm, params)))
 
 
 def params_of(fmt: str) -> list[Tensor]:
     make = formats.get(fmt).params_from_amax
-    return make(torch.tensor(9.0, device="cuda")) if make else []
+    return make(torch.full((), 9.0, device="cuda")) if make else []
 
 
 def connect(nbytes: int = 0, limit_s: float = 60.0) -> str:
@@ -159,22 +176,19 @@ def numbers(rank: int, world: int) -> dict[str, list]:
         residual = rows(tokens, hidden, fmt, "residual") if has_residual else None
         weight = (torch.rand(hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(hidden)) + 0.5).to(dtype)
         params = params_of(fmt)
-        result, seen = results[fmt], []
+        result, found = results[fmt], []
         # eager, then captured with other inputs and replayed with these
         ops, given = all_reduce_norm_quant.target.overloadpacket, dict(weight=weight, eps=eps, offset=offset, cast_first=cast_first,
                                                                        params=params, fmt=fmt, group=name)
         call, streamed, two_shot = (functools.partial(getattr(ops, way), **given) for way in WAYS)
         kept = call(xs[rank], residual, keep_norm=True)
         for other in (streamed, two_shot):
-            if not all(map(same, kept, other(xs[rank], residual, keep_norm=True))):
-                seen.append("another way differs from one shot")
+            found += differ("another way than one shot", other(xs[rank], residual, keep_norm=True), kept)
         result[1] += 2
-        seen += problems(kept, xs, residual, weight, eps, offset, cast_first, params, fmt)
+        found += problems(kept, xs, residual, weight, eps, offset, cast_first, params, fmt)
         if tokens <= 3:
-            bare = call(xs[rank], residual, keep_norm=False)
-            others = (f(xs[rank], residual, keep_norm=False) for f in (streamed, two_shot))
-            if not all(all(map(same, [kept[0], *kept[2:]], o)) for o in (bare, *others)):
-                seen.append("without the norm the outputs differ")
+            for f in (call, streamed, two_shot):
+                found += differ("without the norm", f(xs[rank], residual, keep_norm=False), [kept[0], *kept[2:]])
             result[1] += 3
         result[1] += 1
         if tokens in (3, 129):
@@ -190,17 +204,17 @@ def numbers(rank: int, world: int) -> dict[str, list]:
                 for t in (*first, *second, *third):
                     t.view(torch.uint8).fill_(0xA5)
                 graph.replay()
-                if not all(map(same, [*kept, *call(xs[rank] + 1, residual, keep_norm=True), *kept], [*first, *second, *third])):
-                    seen.append("a replay differs from eager")
-                if not all(map(same, kept, call(xs[rank], residual, keep_norm=True))):
-                    seen.append("eager after a replay differs")
+                plus_one = call(xs[rank] + 1, residual, keep_norm=True)
+                found += differ("a replay", [*first, *second, *third], [*kept, *plus_one, *kept])
+                found += differ("eager after a replay", call(xs[rank], residual, keep_norm=True), kept)
                 result[1] += 5
+        seal, seen = digest(kept), said(found)
         if seen and rank == 0:
             print(fmt, hidden, tokens, has_residual, offset, cast_first, dtype, eps, special, seen, file=sys.stderr, flush=True)
         result[0] += 1
         result[2] += [f"hidden {hidden}, tokens {tokens}, residual {has_residual}, offset {offset}, cast_first {cast_first}, "
                       f"special {special}: {s}" for s in seen]
-        result[3] = hashlib.sha256((result[3] + digest(kept)).encode()).hexdigest()[:16]
+        result[3] = hashlib.sha256((result[3] + seal).encode()).hexdigest()[:16]
     return results
 
 
@@ -212,17 +226,21 @@ def compile_ahead(rank: int, count: int, calls: Callable[..., Iterable[Callable]
     """
     from triton.runtime.jit import JITFunction
 
-    JITFunction.__getitem__ = lambda self, grid: functools.partial(self.warmup, grid=grid)
+    def ahead(kernel: JITFunction, grid: tuple) -> Callable:
+        return lambda *args, **options: kernel.warmup(*args, grid=grid, **options).run  # `run`: the C code that launches it, too
+
+    JITFunction.__getitem__ = ahead
     ranks.use_device()
     for call in itertools.islice(calls(*args), rank, None, count):
         call()
 
 
-def group_of_one(world: int) -> str:
-    """The name of a group in whose workspace kernels are those of `world` processes; none may run."""
+def group_of_one(world: int, nbytes: int = 0) -> str:
+    """The name of a group in whose workspace kernels are those of `world` processes; none may run. It has `nbytes` bytes, which
+    calls may make views of, or says that it has enough for every call."""
     name = group.loopback_group(world).name
-    space = workspace.open(name, 1 << 20)
-    space.loopback, space.nbytes, space.word_bytes = False, 1 << 30, workspace.WORD_BYTES  # large enough for every call
+    space = workspace.open(name, nbytes or 1 << 20)
+    space.loopback, space.nbytes, space.word_bytes = False, nbytes or 1 << 30, workspace.WORD_BYTES
     return name
 
 
@@ -244,17 +262,21 @@ def launches(world: int) -> Iterable[Callable]:
 
 def compiling() -> int:
     """Processes that compile at the same time."""
-    return min(16, os.cpu_count() or 1)
+    return min(32, os.cpu_count() or 1)
 
 
 @functools.cache
 def run_numbers(numbers: Callable, launches: Callable, world: int) -> list[dict[str, list]] | Exception:
     """What `numbers` gives on each rank, once for all formats, after the kernels of `launches` have been compiled."""
+    start = time.monotonic()
     try:
         ranks.run_ranks(compile_ahead, compiling(), compiling(), launches, world, timeout_s=300)
-        return ranks.run_ranks(numbers, world, world, timeout_s=500)
+        compiled = time.monotonic()
+        results = ranks.run_ranks(numbers, world, world, timeout_s=500)
     except Exception as e:
         return e
+    print(f"{world} ranks: compiled in {compiled - start:.0f} s, compared in {time.monotonic() - compiled:.0f} s")
+    return results
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -269,39 +291,42 @@ def test_numbers(world, fmt):
     print(f"\n{world} ranks, {fmt}: {results[0][0]} cases, {results[0][1]} exchanges")
 
 
-def unguarded(rank: int, tokens: int, way: str, wait: bool, clear: bool = True) -> bool:
-    """Does rank 0, whose peer comes late, get the right sum?"""
+def unguarded(rank: int, cases: list[tuple[int, str, bool, bool]]) -> list[bool]:
+    """Does rank 0, whose peer comes late, get the right sum? For each (tokens, way, wait, clear)."""
     from fusewire.backends.triton.all_reduce_norm_quant import exchange
 
-    name = connect()
-    xs = [rows(tokens, 576, r) for r in range(2)]
+    name, right = connect(), []
     weight = torch.ones(576, device="cuda")
-    for _ in range(3):  # it is compiled, both have met, and each half and each third has been used
-        exchange(xs[rank] * 3, None, weight, 1e-6, 0.0, False, [], "bf16", True, name, way, clear=clear)
-    torch.cuda.synchronize()
-    if rank == 1:
+    for tokens, way, wait, clear in cases:
+        xs = [rows(tokens, 576, r) for r in range(2)]
+        rest = (None, weight, 1e-6, 0.0, False, [], "bf16", True, name, way)
+        for _ in range(3):  # it is compiled, both have met, and each half and each third has been used
+            exchange(xs[rank] * 3, *rest, clear=clear)
+        torch.cuda.synchronize()
+        if rank == 1:
+            dist.barrier()
+        out = exchange(xs[rank], *rest, wait=wait, clear=clear)
+        if rank == 0:
+            if not (wait and clear):
+                torch.cuda.synchronize()
+            dist.barrier()
+        torch.cuda.synchronize()
         dist.barrier()
-    out = exchange(xs[rank], None, weight, 1e-6, 0.0, False, [], "bf16", True, name, way, wait, clear)
-    if rank == 0:
-        if not (wait and clear):
-            torch.cuda.synchronize()
-        dist.barrier()
-    torch.cuda.synchronize()
-    dist.barrier()
-    return not problems(out, xs, None, weight, 1e-6, 0.0, False, [], "bf16")
+        right.append(not said(problems(out, xs, None, weight, 1e-6, 0.0, False, [], "bf16")))
+    return right
 
 
 def test_the_wait_is_needed():
     """The numbers above would not be right by luck: with the wait left out, and a peer that is late, they are wrong."""
-    for tokens, way in ((5, "one_shot"), *((300, way) for way in WAYS)):  # a program for each row; several rows for each
-        assert ranks.run_ranks(unguarded, 2, tokens, way, True) == [True, True]
-        assert ranks.run_ranks(unguarded, 2, tokens, way, False)[0] is False
+    ways = ((5, "one_shot"), *((300, way) for way in WAYS))  # a program for each row; several rows for each
+    zero, one = ranks.run_ranks(unguarded, 2, [(*way, wait, True) for way in ways for wait in (True, False)])
+    assert zero == [True, False] * len(ways) and one[::2] == [True] * len(ways)
 
 
 def test_words_must_be_cleared():
     """Else a rank whose peer is late takes the words of three exchanges ago for this one's."""
-    for tokens, way in ((5, "one_shot"), (300, "streamed")):
-        assert ranks.run_ranks(unguarded, 2, tokens, way, True, False)[0] is False
+    for way in ((5, "one_shot"), (300, "streamed")):  # words that stay would be taken by what comes next, too
+        assert ranks.run_ranks(unguarded, 2, [(*way, True, False)])[0] == [False]
 
 
 def test_what_a_longer_exchange_left_is_cleared():
@@ -403,13 +428,20 @@ def mixed_launches() -> Iterable[Callable]:
     return (functools.partial(all_reduce_norm_quant, *args) for args in mixed())
 
 
-def test_two_groups_and_sizes_in_one_process():
-    """Loopback: each peer is taken to have pushed what this rank pushed."""
-    ranks.run_ranks(compile_ahead, compiling(), compiling(), mixed_launches, timeout_s=120)
+def two_groups(rank: int) -> list[str]:
+    ranks.use_device()
+    found: Found = []
     for args in mixed():
         assert all_reduce_norm_quant.select(*args).backend.name in WAYS[:2]
         x, residual, *rest, _, name = args
-        assert not problems(all_reduce_norm_quant(*args), [x] * group.resolve(name).world_size, residual, *rest)
+        found += problems(all_reduce_norm_quant(*args), [x] * group.resolve(name).world_size, residual, *rest)
+    return said(found)
+
+
+def test_two_groups_and_sizes_in_one_process():
+    """Loopback: each peer is taken to have pushed what this rank pushed."""
+    ranks.run_ranks(compile_ahead, compiling(), compiling(), mixed_launches, timeout_s=120)
+    assert ranks.run_ranks(two_groups, 1) == [[]]
 
 
 def test_ten_thousand_exchanges():
@@ -454,6 +486,6 @@ def test_every_bf16_is_quantized_by_the_formula(fmt):
     # eps so large that norm = x * weight, with weights that are powers of two: the norm is any bf16 then
     args = (torch.full((hidden,), 2.0**60, device="cuda"), 2.0**120, 0.0, False, params_of(fmt), fmt)
     out = all_reduce_norm_quant(x, torch.zeros_like(x), *args, True, g.name)
-    assert not problems(out, [x, x], torch.zeros_like(x), *args)
+    assert not said(problems(out, [x, x], torch.zeros_like(x), *args))
     assert int(out[1].view(torch.int16).unique().numel()) > 30000
     group.close(g)

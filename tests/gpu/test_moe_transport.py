@@ -81,7 +81,7 @@ def sizes(world: int) -> Iterator[tuple[int, str]]:
 
 def launches(world: int) -> Iterable[Callable]:
     """A call for each kernel of `numbers` and of `whole`."""
-    name = group_of_one(world)
+    name = group_of_one(world, 16 << 20)
     for hidden, fmt in sizes(world):
         yield functools.partial(pushed, rows(3, hidden), routing(hidden), fmt, [3] * world, name)
         yield functools.partial(everything, [3], hidden, routing(hidden), fmt)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -16,13 +17,16 @@ from test_all_reduce_norm_quant import (
     FORMATS,
     VARIANTS,
     WAYS,
+    Found,
     connect,
+    differ,
     digest,
     group_of_one,
     norm_problems,
     params_of,
     rows,
     run_numbers,
+    said,
     same,
 )
 
@@ -57,16 +61,14 @@ def arguments(rank: int, tokens: int, hidden: int, variant: tuple, special: bool
 
 
 def problems(p, rank: int, world: int, tokens: int, hidden: int, variant: tuple, special: bool, params: list, fmt: str,
-             everyone: list) -> list[str]:
-    """What is wrong with what `push` made; `everyone` is the norm of each rank."""
+             everyone: torch.Tensor) -> Found:
+    """What is wrong with what `push` made; `everyone` is the norms of all ranks."""
     x, residual, weight = arguments(rank, tokens, hidden, variant, special)
     _, offset, cast_first, _, eps = variant
     total = x if residual is None else residual + x
-    wrong = [] if p.total is None or same(p.total, total) else ["the sum differs"]
-    wrong += norm_problems(p.norm, total, weight, eps, offset, cast_first)
-    whole = torch.cat(everyone)
-    want = [whole] if fmt == "bf16" else formats.get(fmt).quantize(whole, params)
-    return wrong + [f"part {i} differs" for i, (a, b) in enumerate(zip(p.parts, want, strict=True)) if not same(a, b)]
+    found = [] if p.total is None else differ("the sum", [p.total], [total])
+    found += norm_problems(p.norm, total, weight, eps, offset, cast_first)
+    return found + differ("its parts", p.parts, [everyone] if fmt == "bf16" else formats.get(fmt).quantize(everyone, params))
 
 
 def variant_of(hidden: int, fmt: str) -> tuple:
@@ -85,11 +87,9 @@ def numbers(rank: int, world: int) -> dict[str, list]:
             variant, special, params = variant_of(hidden, fmt), i % 2 == 1, params_of(fmt)
             args = (*arguments(rank, tokens, hidden, variant, special), variant, params, fmt, name)
             p = pushed(*args)
-            everyone = [torch.empty_like(p.norm, device="cpu") for _ in range(world)]
-            dist.all_gather(everyone, p.norm.cpu())
-            check = functools.partial(problems, rank=rank, world=world, tokens=tokens, hidden=hidden, variant=variant,
-                                      special=special, params=params, fmt=fmt, everyone=[e.cuda() for e in everyone])
-            bad = check(p)
+            norms = [torch.empty_like(p.norm, device="cpu") for _ in range(world)]
+            dist.all_gather(norms, p.norm.cpu())
+            found = problems(p, rank, world, tokens, hidden, variant, special, params, fmt, torch.cat(norms).cuda())
             if tokens in (3, 640):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -98,9 +98,9 @@ def numbers(rank: int, world: int) -> dict[str, list]:
                     for t in (captured.norm, *captured.parts):
                         t.view(torch.uint8).fill_(0xA5)
                     graph.replay()
-                    bad += [f"replayed: {b}" for b in check(captured)]
-            seen += [f"hidden {hidden}, tokens {tokens}, {variant}, special {special}: {b}" for b in bad]
-            seal = digest([torch.tensor([int(seal or "0", 16) % 2**62]), *[t.cpu() for t in p.parts]])
+                    found += differ("a replay", [captured.norm, *captured.parts], [p.norm, *p.parts])
+            seal = hashlib.sha256((seal + digest(p.parts)).encode()).hexdigest()[:16]
+            seen += [f"hidden {hidden}, tokens {tokens}, {variant}, special {special}: {f}" for f in said(found)]
         results[fmt] = [seen, seal]
     return results
 
@@ -145,9 +145,9 @@ def test_what_is_pushed_without_a_gather(fmt):
             groups = -(-tokens // p.together)
             flags = memory[flags_at + epoch % 2 * 4 * space.flag_count:][:4 * world * groups].view(torch.int32).view(world, groups)
             assert bool((flags[1:] == epoch).all())
-            everyone = [p.norm] * (world if gather else 1)
+            everyone = torch.cat([p.norm] * (world if gather else 1))
             made = fmt if gather else fmt.partition(":")[0]
-            assert not problems(p, 0, world, tokens, hidden, VARIANTS[0], True, params_of(fmt), made, everyone)
+            assert not said(problems(p, 0, world, tokens, hidden, VARIANTS[0], True, params_of(fmt), made, everyone))
             for part, start in () if gather else zip(p.parts, (0, p.scales_at), strict=False):  # data alone has no scales
                 mine = part.view(torch.uint8).reshape(-1)
                 came = memory[data_at + epoch % 2 * space.nbytes + start:][:world * mine.numel()].view(world, -1)
@@ -265,7 +265,7 @@ def test_the_op_is_its_reference():
                 torch.bfloat16, g.name)
         ops = norm_quant_all_gather_matmul.target.overloadpacket
         got, want = ops.pushed(*args), ops.reference(*args)
-        assert same(got[0], want[0]) and not norm_problems(got[1], want[0], args[2], 1e-6, 0.0, False)
+        assert same(got[0], want[0]) and not said(norm_problems(got[1], want[0], args[2], 1e-6, 0.0, False))
         parts = [got[1]] if fmt == "bf16" else quantize(got[1].repeat(2, 1), args[7], fmt)
         assert [y.shape for y in got[2:]] == [(260, 256), (260, 64)] and len(parts) == len(f.parts)
         for y, z in zip(got[2:], want[2:], strict=True):
