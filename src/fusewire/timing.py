@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,8 @@ ROUND_S = 0.02  # about how long a candidate runs in a round, if it does not tak
 
 def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds: int = 5, graph: bool = True,
             device: torch.device | None = None) -> dict[str, float]:
-    """Candidate -> microseconds a call: of each rank the median of rounds in which the candidates take turns, of these the largest.
+    """Candidate -> microseconds a call: of each rank the median of rounds in which the candidates take turns, in other orders, of
+    these the largest.
 
     candidates  functions that every rank calls alike, in the same order; each must have worked once already, or work when first
                 called outside a capture. To work on other data in each call, a function counts its calls.
@@ -34,8 +36,10 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
         calls = min(total, MOST_CALLS)
         batches[name] = (_batch(call, calls, graph and device.type == "cuda"), calls, math.ceil(total / calls))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, (batch, calls, replays) in batches.items():
+    for turn in range(rounds):
+        # in another order each time, on all ranks alike: who comes behind a long matmul finds the chip hot, and its clock lower
+        for name in random.Random(turn).sample(list(batches), len(batches)):
+            batch, calls, replays = batches[name]
             slowest([], group, device)
             batch()  # on the devices, ranks that exchange something start the rest together
             seconds[name].append(_seconds(batch, replays, device) / replays / calls)
