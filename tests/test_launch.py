@@ -44,7 +44,8 @@ class Run:
         for fd, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(self.folder / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND, 0o600), fd)
         faulthandler.disable()  # pytest's, which would tell its own stderr of a rank that aborts
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks on CPUs, however many GPUs there are
+        if (devices := options.pop("cuda", "")) is not None:  # ranks on CPUs, however many GPUs there are
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
         launcher.tempfile.tempdir = str(self.folder / "tmp")
         os._exit(launch(self._main, world, main, self.folder, *args, **options))
@@ -56,7 +57,7 @@ class Run:
 
     def pids(self, file: str = "rank") -> list[int]:
         """The ranks' process ids, once all have come that far."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while len(found := sorted(self.folder.glob(f"{file}?.json"))) < self.world:
             assert time.monotonic() < deadline, (found, self.err())
             time.sleep(0.01)

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from turns import by_turns
 
 import fusewire.backends  # noqa: F401  (registers them)
 from fusewire import formats, group
@@ -448,30 +449,15 @@ def test_ten_thousand_exchanges():
     """Eager and replayed by turns, sizes and formats by turns, odd values in the data: always the same bits."""
     g = group.loopback_group(2)
     workspace.open(g.name, 2 * 700 * 2048 * 2)
-    runs, bad = [], torch.zeros((), dtype=torch.int64, device="cuda")
+    calls = []
     for i, tokens in enumerate((1, 5, 128, 300, 9, 700)):
         hidden = (1024, 576, 2048)[i % 3]
         x, residual = rows(tokens, hidden, i, special=True), rows(tokens, hidden, i, "residual")
-        args = (x, residual if i % 2 else None, torch.ones(hidden, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]),
-                FORMATS[i], True, g.name)
-        want = [t.view(torch.uint8).clone() for t in all_reduce_norm_quant(*args)]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = all_reduce_norm_quant(*args)
-        runs.append((args, want, graph, captured))
-    turns = torch.randint(len(runs), (10_000,), generator=torch.Generator().manual_seed(1)).tolist()
+        args = (torch.ones(hidden, device="cuda"), 1e-6, 0.0, False, params_of(FORMATS[i]), FORMATS[i], True, g.name)
+        calls.append(functools.partial(all_reduce_norm_quant, x, residual if i % 2 else None, *args))
     before = workspace.of(g.name).epoch()
-    for i, turn in enumerate(turns):
-        args, want, graph, out = runs[turn]
-        if i % 2:
-            graph.replay()
-        else:
-            out = all_reduce_norm_quant(*args)
-        for got, expected in zip(out, want, strict=True):
-            bad += (got.view(torch.uint8) != expected).any()
-    assert int(bad) == 0
-    assert workspace.of(g.name).epoch() == before + len(turns)
+    assert by_turns(calls, 10_000)[0] == 0
+    assert workspace.of(g.name).epoch() == before + len(calls) + 10_000
     group.close(g)
 
 

@@ -81,7 +81,7 @@ def sizes(world: int) -> Iterator[tuple[int, str]]:
 
 def launches(world: int) -> Iterable[Callable]:
     """A call for each kernel of `numbers` and of `whole`."""
-    name = group_of_one(world, 16 << 20)
+    name = group_of_one(world, 32 << 20)
     for hidden, fmt in sizes(world):
         yield functools.partial(pushed, rows(3, hidden), routing(hidden), fmt, [3] * world, name)
         yield functools.partial(everything, [3], hidden, routing(hidden), fmt)
@@ -89,6 +89,8 @@ def launches(world: int) -> Iterable[Callable]:
         args = block(0, world, fmt, [3] * world, name, None)
         yield functools.partial(torch.ops.fusewire.expert_parallel.pushed, *args)
         yield functools.partial(torch.ops.fusewire.expert_parallel.pushed, rows(200, 512), *args[1:])
+    for counts in (counts_of((1, 3), world), counts_of((128, 257), world)):  # a block for each program, and several
+        yield functools.partial(transport.combine, rows(sum(counts), 7168).contiguous(), counts, name)
 
 
 @functools.cache
