@@ -43,11 +43,11 @@ HIDDEN = (64, 576, 5120, 7168, 8192, 16384)
 TOKENS = (0, 1, 3, 127, 128, 129, 640)  # of one rank
 
 
-def pushed(x, residual, weight, variant, params, fmt, name, gather=True, wait=True):
+def pushed(x, residual, weight, variant, params, fmt, name, gather=True, wait=True, send=True):
     from fusewire.backends.triton.norm_quant_all_gather_matmul import push
 
     _, offset, cast_first, _, eps = variant
-    return push(x, residual, weight, eps, offset, cast_first, True, params, fmt, name, gather, wait)
+    return push(x, residual, weight, eps, offset, cast_first, True, params, fmt, name, gather, wait, send)
 
 
 def gathered(*args, **given):
@@ -153,6 +153,9 @@ def test_what_is_pushed_without_a_gather(fmt):
                 mine = part.view(torch.uint8).reshape(-1)
                 came = memory[data_at + epoch % 2 * space.nbytes + start:][:world * mine.numel()].view(world, -1)
                 assert bool((came[1:] == mine).all()), f"{world} ranks, hidden {hidden}, tokens {tokens}, part at {start}"
+        before, own = space.epoch(), pushed(*args, VARIANTS[0], params_of(fmt), fmt, g.name, False, send=False)
+        assert not said(differ("what is made and not sent", [own.total, own.norm, *own.parts], [p.total, p.norm, *p.parts]))
+        assert space.epoch() == before, "what sends nothing is an exchange"
         group.close(g)
 
 
@@ -240,6 +243,8 @@ def test_the_op_is_its_reference():
         assert same(got[0], want[0]) and not said(norm_problems(got[1], want[0], args[2], 1e-6, 0.0, False))
         parts = [got[1]] if fmt == "bf16" else quantize(got[1].repeat(2, 1), args[7], fmt)
         assert [y.shape for y in got[2:]] == [(260, 256), (260, 64)] and len(parts) == len(f.parts)
-        for y, z in zip(got[2:], want[2:], strict=True):
-            torch.testing.assert_close(y.float(), z.float(), rtol=0.05, atol=0.05 * float(z.float().abs().max()))
+        for way in [got] if fmt == "nvfp4:128x4" else [got, ops.apart(*args)]:
+            assert all(map(same, way[:2], got[:2]))
+            for y, z in zip(way[2:], want[2:], strict=True):
+                torch.testing.assert_close(y.float(), z.float(), rtol=0.05, atol=0.05 * float(z.float().abs().max()))
     group.close(g)

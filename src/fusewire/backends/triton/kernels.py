@@ -941,9 +941,10 @@ def norm_quant_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, SEND: tl.constexpr,
 ):
-    """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer.
+    """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer if SEND; else this is no
+    exchange, and the workspace is left alone.
 
     x, residual   (rows, HIDDEN) of one 16-bit dtype, strides (X_STRIDE, 1) and (RESIDUAL_STRIDE, 1)
     weight        (HIDDEN,) of any float dtype
@@ -971,19 +972,21 @@ def norm_quant_push(
     r = pid * together
     if AHEAD:
         next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
-    epoch = _epoch(state)
+    if SEND:
+        epoch = _epoch(state)
     if not AHEAD:
         w = tl.load(weight + at, mask=inside, other=0.0)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
         inverse = _inverse(param)
-    parity = (epoch & 1).to(tl.int64)
-    half = parity * nbytes
-    if pid == 0:
-        tl.store(ticket, epoch)
-    tl.debug_barrier()
-    counted = _count_in(state)
+    if SEND:
+        parity = (epoch & 1).to(tl.int64)
+        half = parity * nbytes
+        if pid == 0:
+            tl.store(ticket, epoch)
+        tl.debug_barrier()
+        counted = _count_in(state)
     if SWIZZLED:
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
     while r < rows:
@@ -1008,7 +1011,7 @@ def norm_quant_push(
         else:
             codes, scale = _parts(normed, param, inverse, inside, HIDDEN, BLOCK, FMT)
             _store_parts(codes, scale, data, scales, base + row, 0, HIDDEN, BLOCK, FMT, SWIZZLED, BLOCK)
-        for i in tl.static_range(1, WORLD):
+        for i in tl.static_range(1, WORLD if SEND else 1):
             source = (rank + i) % WORLD if LOOPBACK else rank
             to = _at(peer_data[i] + half, data)
             if FMT == "bf16":
@@ -1016,11 +1019,12 @@ def norm_quant_push(
             else:
                 _store_parts(codes, scale, to, _at(peer_data[i] + half + scales_at, scales), source * rows + row, 0,
                              HIDDEN, BLOCK, FMT, False, BLOCK)
-        if ends:
-            tl.debug_barrier()
-            for i in tl.static_range(1, WORLD):
-                source = (rank + i) % WORLD if LOOPBACK else rank
-                _set(peer_flags[i] + parity * flag_count * 4 + (source * groups + r // together) * 4, epoch)
+        if SEND:
+            if ends:
+                tl.debug_barrier()
+                for i in tl.static_range(1, WORLD):
+                    source = (rank + i) % WORLD if LOOPBACK else rank
+                    _set(peer_flags[i] + parity * flag_count * 4 + (source * groups + r // together) * 4, epoch)
         r = following
     if GATHER:
         for i in tl.static_range(1, WORLD):
@@ -1033,4 +1037,5 @@ def norm_quant_push(
                 of = _at(peer_data[0] + half, data) + row * DATA_ROW
                 scales_of = _at(peer_data[0] + half + scales_at, scales) + row * SCALES_ROW
                 _copy_row(of, scales_of, data, scales, row, HIDDEN, BLOCK, FMT, SWIZZLED)
-    _leave_epoch(state, counted)
+    if SEND:
+        _leave_epoch(state, counted)

@@ -1,4 +1,8 @@
-"""norm_quant_all_gather_matmul: one Triton kernel that normalizes, quantizes and pushes, then the matmul op's own backend."""
+"""norm_quant_all_gather_matmul: one Triton kernel that normalizes and quantizes, and then the matmul.
+
+pushed  the kernel pushes what it makes to every rank, then the matmul op's own backend runs: any format, and the fewest steps
+apart   the kernel sends nothing; all_gather_matmul's own backend sends while it multiplies: what `gated` takes
+"""
 from __future__ import annotations
 
 import math
@@ -7,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...op import Usage
 from ...ops.collectives import world_size
-from ...ops.dense import linear, matmuls
-from ...ops.fused import norm_quant_all_gather_matmul
-from .. import workspace
+from ...ops.dense import linear, matmuls, split_weights
+from ...ops.fused import all_gather_matmul, norm_quant_all_gather_matmul
+from .. import transfer, workspace
+from ..cuda import gemm
 from ..workspace import align
 from .launch import block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
 
@@ -74,12 +80,13 @@ def _together(rows: int, programs: int) -> int:
 
 
 def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
-         params: list[Tensor], fmt: str, group: str, gather: bool, wait: bool = True) -> Pushed:
+         params: list[Tensor], fmt: str, group: str, gather: bool, wait: bool = True, send: bool = True) -> Pushed:
     """Residual add, RMSNorm, quantize this rank's rows and push the parts to every peer.
 
     gather   wait for the peers' rows too and return all ranks' parts, in `fmt`'s layout. Without it whoever reads the peers' rows
              waits for every flag of every peer, on this stream and before the next exchange
     wait     False leaves that wait out, to show that tests notice
+    send     False: nothing is sent, and there is no exchange; not with `gather`
     """
     from . import kernels
 
@@ -94,11 +101,12 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
     scales_at = align(space.world_size * rows * row_bytes(x, fmt)[0], 256)
     warps, resident = _launch_shape(hidden)
     programs = min(rows, resident * processors(x))
-    together = _together(rows, programs) if rows else 1
+    together = _together(rows, programs) if rows and send else 1
     if rows:
-        space.need(NAME, push_bytes(x, fmt, group), space.world_size * -(-rows // together))
+        if send:
+            space.need(NAME, push_bytes(x, fmt, group), space.world_size * -(-rows // together))
         constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space)
-        constants |= {"GATHER": gather, "WAIT": wait, "AHEAD": _ahead(rows)}
+        constants |= {"GATHER": gather, "WAIT": wait, "AHEAD": _ahead(rows), "SEND": send}
         tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1], ticket]
         launch(kernels.norm_quant_push, NAME, programs, warps, resident, space, tensors,
                (rows, eps, offset, scales_at, together), constants)
@@ -113,3 +121,25 @@ def pushed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offse
            group: str) -> list[Tensor]:
     p = push(x, residual, weight, eps, offset, cast_first, keep_norm, params, fmt, group, gather=True)
     return [*(t for t in (p.total, p.norm) if t is not None), *matmuls(p.parts, params, ws, biases, fmt, dtype)]
+
+
+def _why_not_apart(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
+                   params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+                   group: str) -> str | None:
+    why = why_not(x, residual, weight, fmt, group) or gemm.why_not_world(world_size(group))
+    for w, bias in zip(split_weights(ws, fmt), biases, strict=True):
+        why = why or gemm.why_not([x] if fmt == "bf16" else w, w, bias, fmt, dtype)  # FP8 rows have the weight's dtype
+    return why
+
+
+def _apart_seconds(u: Usage) -> float:
+    """Of two kernels, where the first takes 0.6 of the wire's time, from the bytes that both move at hidden = 8192 in FP8."""
+    return 0.6 * u.wire_s + transfer.in_one_kernel(u)
+
+
+@norm_quant_all_gather_matmul.backend("apart", supports=_why_not_apart, nbytes=_nbytes, seconds=_apart_seconds)
+def apart(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
+          params: list[Tensor], ws: list[Tensor], biases: list[Tensor | None], fmt: str, dtype: torch.dtype,
+          group: str) -> list[Tensor]:
+    p = push(x, residual, weight, eps, offset, cast_first, keep_norm, params, fmt, group, gather=False, send=False)
+    return [*(t for t in (p.total, p.norm) if t is not None), *all_gather_matmul(p.parts, params, ws, biases, fmt, dtype, group)]
