@@ -13,8 +13,9 @@ import torch
 from command import forked
 from dist import run_ranks
 
+from fusewire import compat
 from fusewire import group as groups
-from fusewire.bench import cases, floor, model, results, shapes
+from fusewire.bench import cases, experts, floor, model, results, shapes
 from fusewire.bench.stack import stack
 from fusewire.compiler import capture
 from fusewire.compiler.capture import compile
@@ -60,7 +61,21 @@ def test_decode_in_loopback(tmp_path):
     assert {(line["tokens"], line["candidate"]) for line in lines} == {(n, c) for n in (1, 3) for c in NAMES}
 
 
+@pytest.mark.dist
+def test_a_stack_with_experts(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    done = bench("--shape", "tiny-experts", "-tp", 2, "--layers", 1, "--tokens", "8,33", "--formats", "fp8_block", "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(line.keys() == FIELDS and line["us"] > 0 and line["shape"] == "tiny-experts" for line in lines)
+    assert {(line["tokens"], line["candidate"]) for line in lines} == {(n, c) for n in (8, 33) for c in (*NAMES, "floor:unfused")}
+    assert re.search(r"^fp8_block +33 +\d+\.\d{3} ", done.stdout, re.M), done.stdout
+
+
 @pytest.mark.parametrize(("command", "sentence"), {
+    "--shape tiny-experts --decode": "tiny-experts has experts, of which a prompt is measured between ranks, as FX runs it; leave "
+                                     "--decode out",
+    "--shape tiny-experts --loopback": "tiny-experts has experts, ",
     "--layers 0": "--layers 0 is too small; give 1 or more",
     "--decode --context 1": "--context 1 is too small; give 2 or more",
     "-tp 1": "--tensor-parallel-size 1 is too small; give 2 or more",
@@ -140,6 +155,43 @@ def test_the_librarys_collectives_give_the_same_logits():
     """Of two ranks a sum has one order, so even its bits are the same."""
     for want, got in run_ranks(two_ranks, 2):
         assert torch.equal(want, got)
+
+
+def with_experts(rank):
+    """[logits, unfused and by the library, equal?], then of each program (dtype, bytes) of what it gathers by the library."""
+    args, g, sent = Namespace(**{**vars(ARGS), "shape": "tiny-experts", "loopback": False}), resolve(None), []
+    compiled = compile(stack(shapes.EXPERTS["tiny-experts"], 2, "fp8_block", g, CPU), Config())
+    inputs = model.prompt_inputs(12, args, CPU, rank)
+    compiled.plan = "unfused"
+    want, (found, size) = compiled(**inputs).logits, compiled.last
+    found.others = experts.programs(found.choose(size, "auto"), 12, CPU)
+    gather = compat.functional_all_gather
+    compat.functional_all_gather = lambda x, *args: sent.append((str(x.dtype), x.numel() * x.element_size())) or gather(x, *args)
+    out = []
+    for compiled.plan in found.others:
+        logits = compiled(**inputs).logits
+        out.append([bool(torch.equal(logits, want)), bool(logits.isfinite().all()), list(map(list, sent))])
+        sent.clear()
+    return out
+
+
+@pytest.mark.dist
+def test_programs_of_a_stack_with_experts():
+    """The library sends bf16 tokens and logits and gives the same bits; what sends no tokens does not."""
+    each = [["torch.bfloat16", 12 * 64 * 2], ["torch.float32", 12 * 16 * 4]]
+    for library, floor_, floor_library in run_ranks(with_experts, 2):
+        assert library == [True, True, 2 * each]
+        assert floor_ == floor_library == [False, True, []]
+
+
+def test_exposed_dispatch_in_the_table(capsys):
+    from rich.console import Console
+
+    lines = [{"format": "nvfp4", "tokens": 1000, "world_size": 2, "candidate": c, "us": us, "plan": "sharded"}
+             for c, us in {"unfused": 30e3, "fused": 12e3, "floor": 10e3, "floor:unfused": 22e3}.items()]
+    results.print_experts(Console(width=200), lines)
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "nvfp4", "1000", "30.000", "12.000", "22.000", "10.000", "66667", "166667", "+150.0%", "8.000", "2.000", "75%"]
 
 
 def test_inductor_keeps_the_caches_of_two_layers_apart():

@@ -182,6 +182,12 @@ def functional_all_gather(x: torch.Tensor, world_size: int, group: str) -> torch
     return c10d.wait_tensor(c10d.all_gather_into_tensor(x, world_size, group))
 
 
+def functional_reduce_scatter(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    """x (world_size * n, ...) of every rank -> (n, ...), the library's own sum, as an op that can be traced."""
+    c10d = torch.ops._c10d_functional
+    return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", world_size, group))
+
+
 def expression(size: object) -> object:
     """A size as a sympy expression, or as the int that it is."""
     return size.node.expr if isinstance(size, torch.SymInt) else size

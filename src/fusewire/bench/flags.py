@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .shapes import SHAPES
+from .shapes import EXPERTS, SHAPES
 
 
 def names(text: str) -> list[str]:
@@ -39,7 +39,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     model = kinds.add_parser("model", help="a stack of decoder layers: unfused, fused, and without its collectives")
     model.add_argument("--layers", type=int, default=8, help="how many (default 8)")
     model.add_argument("--tokens", type=counts, metavar="N,...",
-                       help="prompt lengths; with --decode batch sizes (default 1024,...,32768; with --decode 1,2,...,256)")
+                       help="prompt lengths, of each rank for a shape with experts; with --decode batch sizes (default "
+                            "1024,...,32768; with experts 1024,...,8192; with --decode 1,2,...,256)")
     model.add_argument("--decode", action="store_true", help="time one step of a batch with a full cache, instead of a prompt")
     model.add_argument("--context", type=int, default=1024, help="with --decode: tokens of a sequence in the cache (default 1024)")
     model.add_argument("--plan", default="auto", choices=("auto", "replicated", "sharded"), help="of the fused model")
@@ -58,7 +59,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         default = "bf16,fp8_block,nvfp4" if p is moe else "fp8_tensor"
         p.add_argument("--formats", type=names, default=default, metavar="FORMAT,...", help=f"default {default}")
         if p is not moe:
-            p.add_argument("--shape", default="llama-3-70b", help=f"of {', '.join(SHAPES)} (default llama-3-70b)")
+            known = ", ".join([*SHAPES, *(EXPERTS if p is model else [])])
+            p.add_argument("--shape", default="llama-3-70b", help=f"of {known} (default llama-3-70b)")
         p.add_argument("--tensor-parallel-size", "-tp", type=int, default=2, metavar="N", help="how many ranks (default 2)")
         p.add_argument("--loopback", action="store_true",
                        help="one process plays all ranks: kernels and protocol without the wire; results are marked")

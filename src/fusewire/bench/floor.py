@@ -69,15 +69,16 @@ BY_LIBRARY = {"all_reduce": library_all_reduce, "all_gather": library_all_gather
 
 def without_wire(plan: Plan) -> Plan:
     """The plan with its collectives replaced by the identity: what it would take if all of them were hidden."""
-    return _replaced(plan, "floor", WITHOUT_WIRE)
+    return replaced(plan, "floor", WITHOUT_WIRE)
 
 
 def by_library(unfused: Plan) -> Plan:
     """The unfused plan with the process group's own collectives."""
-    return _replaced(unfused, "library", BY_LIBRARY)
+    return replaced(unfused, "library", BY_LIBRARY)
 
 
-def _replaced(plan: Plan, name: str, functions: dict[str, Callable]) -> Plan:
+def replaced(plan: Plan, name: str, functions: dict[str, Callable]) -> Plan:
+    """A plan with other functions in the place of ops, by their names."""
     graph = copy.deepcopy(plan.gm.graph)
     for n in graph.nodes:
         if (o := op_of(n)) is not None and o.name in functions:

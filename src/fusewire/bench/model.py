@@ -14,7 +14,7 @@ from ..compiler.capture import Compiled, compile
 from ..config import Config
 from ..errors import FusewireError, InputError
 from ..models.parallelize import format_name
-from . import floor, results, shapes
+from . import experts, floor, results, shapes
 from .ranks import meet, start
 from .stack import stack
 
@@ -28,8 +28,14 @@ def command(args: argparse.Namespace) -> int:
     """`fusewire bench model`: check what was asked for, then measure on every rank."""
     for fmt in args.formats:
         format_name(fmt)
-    args.tokens = args.tokens or list(BATCHES if args.decode else PROMPTS)
-    shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
+    if experts := args.shape in shapes.EXPERTS:
+        for what, wrong in (("--decode", args.decode), ("--loopback", args.loopback), ("--codegen inductor", args.codegen != "fx")):
+            if wrong:
+                raise InputError(f"{args.shape} has experts, of which a prompt is measured between ranks, as FX runs it; leave "
+                                 f"{what} out")
+    else:
+        shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
+    args.tokens = args.tokens or list(BATCHES if args.decode else PROMPTS[:4] if experts else PROMPTS)
     for what, least in (("layers", 1), ("context", 2), ("tensor_parallel_size", 2)):
         if (n := getattr(args, what)) < least:
             raise InputError(f"--{what.replace('_', '-')} {n} is too small; give {least} or more")
@@ -47,30 +53,35 @@ def rank(context: Any, args: argparse.Namespace) -> None:
         for fmt in map(format_name, args.formats):
             cache = (max(args.tokens), args.context) if args.decode else None
             context.phase(f"making {args.layers} layers in {fmt}")
-            model = stack(shapes.get(args.shape), args.layers, fmt, group, context.device, cache)
+            model = stack(shape_of(args), args.layers, fmt, group, context.device, cache)
             config = Config(plan=args.plan, codegen=args.codegen, tuning=args.tuning, max_tokens=max(args.tokens))
             compiled = compile(model, config, {"input_ids": 0} if args.decode else None)
             head = {"suite": "decode" if args.decode else "model", "shape": args.shape, "layers": args.layers, "format": fmt,
                     "world_size": group.world_size, **({"context": args.context} if args.decode else {}), "codegen": args.codegen}
             for tokens in args.tokens:
                 context.phase(f"measuring {fmt}, {tokens} tokens")
-                inputs = decode_inputs(tokens, args, context.device) if args.decode else prompt_inputs(tokens, args, context.device)
+                inputs = decode_inputs(tokens, args, context.device) if args.decode else prompt_inputs(
+                    tokens, args, context.device, context.rank if args.shape in shapes.EXPERTS else 0)
                 us, plan = measure(compiled, inputs, args, group, context.device)
                 lines += [{**head, "tokens": tokens, "candidate": name, "us": round(t, 3), "plan": plan, **about}
                           for name, t in us.items()]
                 if args.out and context.rank == 0:
                     results.write(lines[-len(us):], args.out)
             del model, compiled
-        results.print_model(console, lines)
+        (results.print_experts if args.shape in shapes.EXPERTS else results.print_model)(console, lines)
         if args.plot and context.rank == 0:
             results.plot_model(args.plot, lines)
     finally:
         groups.close(group)
 
 
-def prompt_inputs(tokens: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One prompt of so many tokens."""
-    return {"input_ids": _ids(1, tokens, args, device), "position_ids": torch.arange(tokens, device=device)[None],
+def shape_of(args: argparse.Namespace) -> shapes.Shape | shapes.Experts:
+    return shapes.EXPERTS.get(args.shape) or shapes.get(args.shape)
+
+
+def prompt_inputs(tokens: int, args: argparse.Namespace, device: torch.device, number: int = 0) -> dict[str, Any]:
+    """One prompt of so many tokens; another for each `number`."""
+    return {"input_ids": _ids(1, tokens, args, device, number), "position_ids": torch.arange(tokens, device=device)[None],
             "use_cache": False, "logits_to_keep": 1}
 
 
@@ -80,9 +91,9 @@ def decode_inputs(batch: int, args: argparse.Namespace, device: torch.device) ->
             "use_cache": False, "logits_to_keep": 1}
 
 
-def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(batch + tokens)  # the same on every rank
-    return torch.randint(shapes.get(args.shape).vocab, (batch, tokens), generator=generator).to(device)
+def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device, number: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1_000_003 * number + batch + tokens)  # else the same on every rank
+    return torch.randint(shape_of(args).vocab, (batch, tokens), generator=generator).to(device)
 
 
 def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
@@ -97,6 +108,13 @@ def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace
     want = call("unfused")()
     assert compiled.last is not None
     found, size = compiled.last
+    if args.shape in shapes.EXPERTS:
+        found.others = found.others or experts.programs(found.choose(size, args.plan), max(args.tokens), device)
+        runs = {"unfused": call("library"), "fused": call(args.plan), "floor": call("floor"),
+                "floor:unfused": call("floor:library")}
+        for name in ("unfused", "fused"):
+            check(runs[name](), want, args, group, device)
+        return timing.measure(runs, group, graph=not args.eager, device=device), found.choose(size, args.plan).name
     runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor")}
     if "floor" not in found.others:
         found.others["floor"] = floor.without_wire(found.unfused)

@@ -15,14 +15,14 @@ from .. import backends, compat, formats, timing  # noqa: F401  (backends regist
 from .. import group as groups
 from ..backends import workspace
 from ..backends.triton import expert_parallel as transport
-from ..backends.triton import moe as triton
 from ..errors import FusewireError, InputError
 from ..group import Group
 from ..ops import moe
 from ..ops.collectives import all_gather, reduce_scatter
-from ..ops.moe import CHOICES, dispatch, id_dtype, pack, unpack
+from ..ops.moe import dispatch, unpack
 from . import moe_kernels, results
 from .cases import ROTATED_BYTES, params
+from .experts import records
 from .moe_kernels import CHOSEN, EXPERTS, GROUPS, HIDDEN, HOW, SCALE, TOP_GROUPS
 from .ops import measured_link
 from .ranks import meet, start
@@ -151,15 +151,6 @@ def inputs(group: Group, tokens: int, device: torch.device) -> list[tuple[Tensor
     return sets
 
 
-def records(x: Tensor, scores: Tensor, static: list[Tensor], weight: Tensor, bias: Tensor, fmt: str) -> Tensor:
-    """route_quantize_pack of tokens whose logits are known."""
-    if x.is_cuda:
-        return triton.pack(x, scores, static, weight, bias, CHOSEN, GROUPS, TOP_GROUPS, SCALE, HOW, fmt)
-    ids, weights = CHOICES[HOW](scores, bias, CHOSEN, GROUPS, TOP_GROUPS)
-    parts = [x] if fmt == "bf16" else formats.get(fmt).quantize(x, static)
-    return pack([*parts, weights * SCALE, ids.to(id_dtype(EXPERTS))])
-
-
 def dispatches(group: Group, sets: list[tuple], fmts: list[str], out: dict[str, None]) -> Iterator[Way]:
     """Ours in every format, as the reference has it and over the workspace; and the library's gathers of bf16 and logits."""
     x, _, weight, bias, _ = sets[0]
@@ -173,9 +164,9 @@ def dispatches(group: Group, sets: list[tuple], fmts: list[str], out: dict[str, 
         nbytes = moe.record_bytes(x, weight, CHOSEN, fmt)
         like = moe.record_like(x, weight, CHOSEN, fmt)
 
-        def by_records(i: int, fmt=fmt, static=static, like=like) -> list[Tensor]:
+        def by_records(i: int, routing=routing, static=static, like=like) -> list[Tensor]:
             x, scores, *_ = sets[i]
-            [got] = all_gather([records(x, scores, static, weight, bias, fmt)], group.name)
+            [got] = all_gather([records(x, scores, static, weight, bias, *routing)], group.name)
             *parts, weights, ids = unpack(got, like)
             return [*parts, ids, weights]
 

@@ -175,6 +175,22 @@ def print_model(console: Console, lines: list[dict]) -> None:
           rows)
 
 
+def print_experts(console: Console, lines: list[dict]) -> None:
+    """A line for each prompt length: milliseconds, tokens of all ranks a second, gain; and the dispatch that is still seen, each
+    program's time over its own without a dispatch, in milliseconds, with how much less that is than the library's."""
+    rows = []
+    for (fmt, tokens), (us, _) in stacks(lines).items():
+        ranks = next(line["world_size"] for line in lines if line["format"] == fmt)
+        seen = [us["unfused"] - us["floor:unfused"], us["fused"] - us["floor"]]
+        rows.append([fmt, str(tokens), *(f"{us[c] / 1e3:.3f}" for c in ("unfused", "fused", "floor:unfused", "floor")),
+                     *(f"{ranks * tokens / us[c] * 1e6:.0f}" for c in ("unfused", "fused")),
+                     f"{us['unfused'] / us['fused'] - 1:+.1%}",
+                     *(f"{t / 1e3:.3f}" for t in seen), f"{1 - seen[1] / seen[0]:.0%}" if seen[0] > 0 else "-"])
+    table(console, "ms, tokens/s, gain, exposed dispatch in ms", [
+        "", "tokens of a rank", "unfused", "fused", "unfused floor", "floor", "unfused/s", "fused/s", "gain", "unfused dispatch",
+        "dispatch", "less"], rows)
+
+
 def plot_model(path: Path, lines: list[dict]) -> None:
     """Time over the floor's, by token count, as a PNG."""
     import matplotlib

@@ -17,6 +17,27 @@ class Shape(NamedTuple):
     vocab: int
 
 
+class Experts(NamedTuple):
+    """A DeepSeek-like decoder: latent attention, and experts in every layer, `intermediate` wide, of whose `groups` groups the best
+    `top_groups` are open to a token, which chooses `chosen`; and one that all tokens share. `latent`: the widths of what queries,
+    and keys and values, are made of; `head`: of a head's part without a position, its part with one, and its values."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    latent: tuple[int, int]
+    head: tuple[int, int, int]
+    vocab: int
+    experts: int
+    chosen: int
+    groups: int
+    top_groups: int
+
+
+EXPERTS = {
+    "deepseek-r1": Experts(7168, 2048, 128, (1536, 512), (128, 64, 128), 129280, 256, 8, 8, 4),
+    "tiny-experts": Experts(64, 32, 4, (32, 32), (16, 16, 16), 101, 16, 4, 4, 2),
+}
 SHAPES = {
     "llama-3-70b": Shape(8192, 28672, 64, 8, 128, 128256),
     "llama-3-8b": Shape(4096, 14336, 32, 8, 128, 128256),
@@ -25,7 +46,7 @@ SHAPES = {
 
 
 def get(name: str) -> Shape:
-    """The shape called `name`; InputError lists the known ones."""
+    """The shape called `name`, of a decoder without experts; InputError lists the known ones."""
     if name not in SHAPES:
         raise InputError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
     return SHAPES[name]
