@@ -136,6 +136,16 @@ def _wide(x):
 
 
 @triton.jit
+def _widened(x):
+    """`_wide`, here and now: the compiler would do it where it is used, which may be behind a wait."""
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
+                                         is_pure=False, pack=2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _round(x, T: tl.constexpr):
     """float32 to T, bfloat16 or float16: nearest, ties to even."""
     if T == tl.bfloat16:
@@ -167,6 +177,14 @@ def _halves(words, T: tl.constexpr):
     low, high = tl.inline_asm_elementwise("mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(tl.int16, tl.int16),
                                          is_pure=True, pack=1)
     return tl.reshape(tl.join(low, high), (2 * words.shape[0],)).to(T, bitcast=True)
+
+
+@triton.jit
+def _piece(words, part, PARTS: tl.constexpr):
+    """Piece number `part` of int32 (n,), cut into PARTS."""
+    N: tl.constexpr = words.shape[0] // PARTS
+    mine = tl.where(tl.arange(0, PARTS * N) // N == part, words, 0)
+    return tl.sum(tl.reshape(mine, (PARTS, N)), 0)
 
 
 # ---- quantization: the formulas of formats/, bit for bit ----
@@ -213,6 +231,13 @@ def _scale_of(amax):
 def _inverse(x):
     """1 / x, correctly rounded: what division gives, in fewer instructions."""
     return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _inverse_inside(x):
+    """`_inverse` of 2^-60 < x < 2^60, all that `_divide` uses, without its branches for other numbers."""
+    about = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.fma(tl.fma(-x, about, 1.0), about, about)
 
 
 @triton.jit
@@ -456,7 +481,7 @@ def _parts(normed, param, inverse, inside, HIDDEN: tl.constexpr, BLOCK: tl.const
         y = _ended(normed, inside, HIDDEN, BLOCK)
         if FMT == "fp8_token":
             param = _scale_of(_row_amax(y))
-            inverse = _inverse(param)
+            inverse = _inverse_inside(param)
         return _quantized(y, param, inverse, FMT)
 
 
@@ -532,17 +557,17 @@ def _push_words(like, mine, row, at, half, data, nbytes, rank, rows, SIZE: tl.co
 
 
 @triton.jit
-def _look(row, half, data, nbytes, rank, rows, sign, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr,
-          WORLD: tl.constexpr, SLOT: tl.constexpr):
-    """(0 once every word of the row has come from the peers FIRST to END - 1 behind this rank, the same in all threads, else the
-    largest `sign` of the threads that miss one; the words of the last of these peers)."""
+def _look(row, half, data, nbytes, rank, rows, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr,
+          SLOT: tl.constexpr):
+    """(1 while some word of the row has not come from the peers FIRST to END - 1 behind this rank, else 0, the same in all threads;
+    the words of the last of these peers)."""
     at = tl.arange(0, BLOCK // 2)
-    absent = tl.zeros(at.shape, tl.int1)
+    largest = tl.zeros(at.shape, tl.uint32)
     for i in tl.static_range(FIRST, END):
         of = data[0] + half * nbytes + ((rank + i) % WORLD * rows + row) * (SLOT * 2)
         words = tl.load(_ints(of) + at, mask=_below(at, SLOT // 2, BLOCK // 2), other=0, volatile=True)
-        absent = absent | (words == -1)
-    return tl.max(tl.where(absent, sign, 0), 0), words
+        largest = tl.maximum(largest, words.to(tl.uint32, bitcast=True))
+    return (tl.max(largest, 0) == 0xFFFFFFFF).to(tl.int32), words  # that nothing has come is the largest of all words
 
 
 @triton.jit
@@ -553,16 +578,18 @@ def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, r
     absent, looks = 1, 0
     words = tl.zeros((BLOCK // 2,), tl.int32)
     while (absent != 0) & (looks < _LOOKS):
-        absent, words = _look(row, half, data, nbytes, rank, rows, 1, 1, WORLD, BLOCK, WORLD, SLOT)
+        absent, words = _look(row, half, data, nbytes, rank, rows, 1, WORLD, BLOCK, WORLD, SLOT)
         looks += 1
     if absent != 0:
         start = globaltimer()
-        while absent == 1:  # clocks differ among threads: 2 once it is too late for one that misses a word
-            late = tl.where(globaltimer() - start > limit_ns, 2, 1)
-            absent, words = _look(row, half, data, nbytes, rank, rows, late, 1, WORLD, BLOCK, WORLD, SLOT)
-        if absent == 2:
+        late = 0
+        while (absent != 0) & (late == 0):
+            absent, words = _look(row, half, data, nbytes, rank, rows, 1, WORLD, BLOCK, WORLD, SLOT)
+            # clocks differ among threads, which must leave as one
+            late = tl.max(tl.where(tl.arange(0, BLOCK // 2) == 0, (globaltimer() - start > limit_ns).to(tl.int32), 0), 0)
+        if absent != 0:
             for i in tl.static_range(1, WORLD):
-                missing, _ = _look(row, half, data, nbytes, rank, rows, 1, i, i + 1, BLOCK, WORLD, SLOT)
+                missing, _ = _look(row, half, data, nbytes, rank, rows, i, i + 1, BLOCK, WORLD, SLOT)
                 if missing != 0:
                     _end_late(data[0], epoch, row, (rank + i) % WORLD, -1, report, op, limit_ns)
     return words
@@ -637,7 +664,7 @@ def one_shot_few(
         if HAS_RESIDUAL:
             before_all = tl.load(residual + row * RESIDUAL_STRIDE + whole, mask=whole_inside, other=0.0)
         if FMT == "fp8_token":
-            w_all = tl.load(weight + whole, mask=whole_inside, other=0.0)
+            w_all = _widened(tl.load(weight + whole, mask=whole_inside, other=0.0))
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
@@ -658,7 +685,9 @@ def one_shot_few(
         summed_all = _sum(own, mine_all, row, whole, whole_inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
     if WAIT and WORLD == 2 and PARTS == 1:
         summed = summed_all
-    else:
+    elif WAIT and WORLD == 2 and PARTS == 4:
+        summed = _plus(mine, _halves(_piece(words, part, PARTS), x.dtype.element_ty))
+    else:  # of one piece of two, Triton would move words between threads: to load them again is quicker
         summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
     if HAS_RESIDUAL:
         summed = _plus(before, summed)
@@ -668,7 +697,7 @@ def one_shot_few(
     if FMT == "fp8_token" and PARTS > 1:
         factor, amax = _factor_and_amax(summed_all, w_all, whole_inside, eps, offset, HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST)
         param = _scale_of(amax)
-        inverse = _inverse(param)
+        inverse = _inverse_inside(param)
     else:
         factor = _factor(summed_all if PARTS > 1 else summed, eps, HIDDEN)
     normed = _normed(summed, w, factor, offset, HAS_OFFSET, CAST_FIRST)
@@ -678,7 +707,7 @@ def one_shot_few(
         y = _ended(normed, inside, HIDDEN, BLOCK)
         if FMT == "fp8_token" and PARTS == 1:
             param = _scale_of(_row_amax(y))
-            inverse = _inverse(param)
+            inverse = _inverse_inside(param)
         codes, scale = _quantized(y, param, inverse, FMT)
         _store_parts(codes, scale, data, scales, row, first, HIDDEN, BLOCK, FMT, SWIZZLED, N)
     _leave_words(state, counted, (turn + 1) % 3 << 32 | rows * (SLOT // 8))
