@@ -15,7 +15,8 @@ from dist import run_ranks
 
 from fusewire import compat
 from fusewire import group as groups
-from fusewire.bench import cases, experts, floor, model, results, shapes
+from fusewire.bench import cases, experts, floor, model, repeat, results, shapes
+from fusewire.bench.repeat import repeating
 from fusewire.bench.stack import stack
 from fusewire.compiler import capture
 from fusewire.compiler.capture import compile
@@ -70,6 +71,16 @@ def test_a_stack_with_experts(tmp_path):
     assert all(line.keys() == FIELDS and line["us"] > 0 and line["shape"] == "tiny-experts" for line in lines)
     assert {(line["tokens"], line["candidate"]) for line in lines} == {(n, c) for n in (8, 33) for c in (*NAMES, "floor:unfused")}
     assert re.search(r"^fp8_block +33 +\d+\.\d{3} ", done.stdout, re.M), done.stdout
+
+
+@pytest.mark.dist
+def test_a_deep_decode_step_on_two_ranks(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    done = bench("-tp", 2, "--layers", 5, "--tokens", "4", "--decode", "--context", 8, "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["candidate"] for line in lines} == {*NAMES, *results.OP_ALONE} and {line["layers"] for line in lines} == {5}
+    assert re.search(r"^all_reduce_norm_quant alone, us; what a step saves", done.stdout, re.M), done.stdout
 
 
 @pytest.mark.parametrize(("command", "sentence"), {
@@ -226,6 +237,64 @@ def test_other_logits_than_the_unfused_models_are_refused(wrong):
     model.check(y + 0.01, y, args, g, CPU)
     with pytest.raises(FusewireError, match=r"at most 0\.25 is allowed"):
         model.check(-y, y, args, g, CPU)
+
+
+def deep(decode, make, plans=("unfused", "replicated", "sharded"), seen=lambda compiled: None):
+    """Logits of five layers by each plan for several token counts, then the layers' caches."""
+    torch._dynamo.reset()
+    g = groups.loopback_group(2)
+    m = stack(shapes.get("tiny"), 5, "fp8_tensor", g, CPU, (8, ARGS.context) if decode else None)
+    caches = [layer.self_attn.cache for layer in m.model.layers] if decode else []
+    compiled = make(m, Config(max_tokens=16), {"input_ids": 0} if decode else capture.TOKEN_DIMS)
+    seen(compiled)
+    found = []
+    for tokens in (1, 4) if decode else (8, 7):
+        for compiled.plan in plans:
+            inputs = (model.decode_inputs if decode else model.prompt_inputs)(tokens, ARGS, CPU)
+            found.append(compiled(**inputs).logits.clone())
+    groups.close(g)
+    return [*found, *caches]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_layer_that_runs_for_others_gives_their_logits_and_fills_their_caches(decode):
+    want, got = deep(decode, compile), deep(decode, repeating)
+    assert len(got) == (11 if decode else 6) and all(map(torch.equal, got, want))
+
+    def reverse(compiled):
+        compiled._tensors.reverse()
+
+    assert not any(map(torch.equal, deep(decode, repeating, seen=reverse)[:6], want))
+
+
+def test_numbers_are_compared_where_they_can_be(monkeypatch):
+    monkeypatch.setattr(repeat, "SHALLOW", 3)
+
+    def shallow(compiled):
+        compiled.shallow = True
+
+    want = deep(True, repeating, seen=lambda compiled: setattr(compiled, "_tensors", compiled._tensors[:1]))
+    assert all(map(torch.equal, deep(True, repeating, seen=shallow), want))
+
+
+def test_layers_that_are_no_equal_programs_are_refused():
+    def other(m, config, token_dims):
+        m.model.layers[-1].mlp.act_fn = torch.nn.Sigmoid()
+        return repeating(m, config, token_dims)
+
+    with pytest.raises(FusewireError, match=r"the second layer is another program than the last: .*silu.* is where the last "
+                                            r"one has .*sigmoid.*; give --layers 3 or fewer"):
+        deep(True, other)
+
+
+def test_what_a_step_saves_beside_what_its_ops_save(capsys):
+    us = {"unfused": 10e3, "fused": 9e3, "floor": 8.5e3, "op:unfused": 14.0, "op:fused": 4.0}
+    assert results.saved(us, 50) == pytest.approx(1.0) and math.isnan(results.saved({"unfused": 2.0, "fused": 1.0}, 50))
+    from rich.console import Console
+
+    lines = [{"format": "bf16", "tokens": 8, "layers": 50, "candidate": c, "us": t, "plan": "replicated"} for c, t in us.items()]
+    results.print_model(Console(width=200), lines)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["bf16", "8", "14.00", "4.00", "1000", "100%", "10.0%"]
 
 
 def test_exposed_communication_and_the_table(capsys):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from .. import group as groups
 from .. import timing
-from ..compiler.capture import Compiled, compile
+from ..compiler.capture import TOKEN_DIMS
 from ..config import Config
 from ..errors import FusewireError, InputError
 from ..models.parallelize import format_name
-from . import experts, floor, results, shapes
+from ..op import OPS
+from . import experts, floor, peers, results, shapes
+from .cases import NORM, Case, inputs, versions
 from .ranks import meet, start
+from .repeat import Repeating, repeating
 from .stack import stack
 
 SHARDED_FLOOR = "floor:sharded"  # the sharded plan without its collectives
@@ -55,14 +59,17 @@ def rank(context: Any, args: argparse.Namespace) -> None:
             context.phase(f"making {args.layers} layers in {fmt}")
             model = stack(shape_of(args), args.layers, fmt, group, context.device, cache)
             config = Config(plan=args.plan, codegen=args.codegen, tuning=args.tuning, max_tokens=max(args.tokens))
-            compiled = compile(model, config, {"input_ids": 0} if args.decode else None)
+            compiled = repeating(model, config, {"input_ids": 0} if args.decode else TOKEN_DIMS)
             head = {"suite": "decode" if args.decode else "model", "shape": args.shape, "layers": args.layers, "format": fmt,
                     "world_size": group.world_size, **({"context": args.context} if args.decode else {}), "codegen": args.codegen}
             for tokens in args.tokens:
                 context.phase(f"measuring {fmt}, {tokens} tokens")
-                inputs = decode_inputs(tokens, args, context.device) if args.decode else prompt_inputs(
+                given = decode_inputs(tokens, args, context.device) if args.decode else prompt_inputs(
                     tokens, args, context.device, context.rank if args.shape in shapes.EXPERTS else 0)
-                us, plan = measure(compiled, inputs, args, group, context.device)
+                us, plan = measure(compiled, given, args, group, context.device)
+                if args.decode and not args.loopback:
+                    us |= op_alone(Case(OPS[NORM], "norm", fmt, tokens, hidden := shapes.get(args.shape).hidden, hidden, group),
+                                   context.device, not args.eager)
                 lines += [{**head, "tokens": tokens, "candidate": name, "us": round(t, 3), "plan": plan, **about}
                           for name, t in us.items()]
                 if args.out and context.rank == 0:
@@ -96,7 +103,7 @@ def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device
     return torch.randint(shape_of(args).vocab, (batch, tokens), generator=generator).to(device)
 
 
-def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
+def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
             device: torch.device) -> tuple[dict[str, float], str]:
     """(candidate -> microseconds, the plan of the fused one), once the fused logits are known to be the unfused ones."""
     def call(plan: str) -> Callable[[], Tensor]:
@@ -105,7 +112,11 @@ def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace
             return compiled(**inputs).logits
         return run
 
+    config, compiled.shallow = compiled.config, True
+    if not args.loopback:  # it is not timed, so that nobody need compile it
+        compiled.config = replace(config, codegen="fx")
     want = call("unfused")()
+    compiled.config = config
     assert compiled.last is not None
     found, size = compiled.last
     if args.shape in shapes.EXPERTS:
@@ -114,6 +125,7 @@ def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace
                 "floor:unfused": call("floor:library")}
         for name in ("unfused", "fused"):
             check(runs[name](), want, args, group, device)
+        compiled.shallow = False
         return timing.measure(runs, group, graph=not args.eager, device=device), found.choose(size, args.plan).name
     runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor")}
     if "floor" not in found.others:
@@ -122,12 +134,22 @@ def measure(compiled: Compiled, inputs: dict[str, Any], args: argparse.Namespace
         if "library" not in found.others:
             found.others["library"] = floor.by_library(found.unfused)
         runs["unfused"] = call("library")
-    if found.why_not_sharded(size) is None:
+    if found.why_not_sharded(size) is None and not args.decode:
         if SHARDED_FLOOR not in found.others:
             found.others[SHARDED_FLOOR] = floor.without_wire(found.choose(size, "sharded"))
         runs[SHARDED_FLOOR] = call(SHARDED_FLOOR)
     check(runs["fused"](), want, args, group, device)
+    compiled.shallow = False
     return timing.measure(runs, group, graph=not args.eager, device=device), found.choose(size, args.plan).name
+
+
+def op_alone(case: Case, device: torch.device, graph: bool) -> dict[str, float]:
+    """Microseconds of the op that a decode step has twice a layer: as the library's sum and what follows it, and as it is fused."""
+    sets = [inputs(case, v, device) for v in range(versions(case, device))]
+    found = [next(c for c in peer(case, sets, device) if isinstance(c, peers.Candidate))
+             for peer in (peers.collectives, peers.fusewire)]
+    calls = {name: peers.turning(c, len(sets)) for name, c in zip(results.OP_ALONE, found, strict=True)}
+    return timing.measure(calls, case.group, graph=graph, device=device)
 
 
 def check(got: Tensor, want: Tensor, args: argparse.Namespace, group: groups.Group, device: torch.device) -> None:

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from ..group import Group
 from . import results, shapes
 from .cases import NORM, OPS_MEASURED, Case, cases, inputs, versions
 from .checks import Check, fast_sums
-from .peers import FOREIGN, Candidate, candidates, puller
+from .peers import FOREIGN, candidates, puller, turning
 from .ranks import meet, start
 
 LINK_BYTES = 256 << 20
@@ -125,12 +123,6 @@ def measure(case: Case, device: torch.device, link: float | None, about: dict[st
             "N": case.N, "accumulation": "fast" if fast else "float32"}
     lines = [{**cell, "candidate": name, "us": round(t, 3), "ideal_us": round(ideal, 3), **about} for name, t in us.items()]
     return Measured(lines, out, wrong)
-
-
-def turning(c: Candidate, versions: int) -> Callable[[], object]:
-    """A call that works on the next version of the inputs each time."""
-    calls = count()
-    return lambda: c.run(next(calls) % versions)
 
 
 def ideal_us(case: Case, us: dict[str, float], link: float | None, fast: bool = False) -> float:

@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,12 @@ def candidates(case: Case, sets: list[tuple], device: torch.device) -> tuple[lis
             else:
                 out.append(f"{peer.__name__}: {c}")
     return found, out
+
+
+def turning(c: Candidate, versions: int) -> Callable[[], object]:
+    """A call that works on the next version of the inputs each time."""
+    calls = count()
+    return lambda: c.run(next(calls) % versions)
 
 
 def _list(y: Any) -> list[Tensor]:

@@ -18,6 +18,7 @@ GROUPS = {"1-127": range(1, 128), "128-512": range(128, 1024), "1024-2048": rang
 """Token counts that are averaged together."""
 BOUNDS = ("gemm", "norm", "copy")  # candidates that do less than the op
 MATMULS = ("all_gather_matmul", "matmul_reduce_scatter")  # whose means are taken together
+OP_ALONE = ("op:unfused", "op:fused")  # what a decode step has twice a layer, measured beside it
 CELL = ("op", "format", "K", "N", "M")  # what a line's time can be compared within
 
 
@@ -157,6 +158,13 @@ def exposed(us: dict[str, float], floor: str = "floor") -> float:
     return (us["fused"] - us[floor]) / hidden if hidden > 0 else math.nan
 
 
+def saved(us: dict[str, float], layers: int) -> float:
+    """What a decode step saves, over what two of its ops a layer save when they are measured alone; NaN where they were not."""
+    if not set(OP_ALONE) <= us.keys():
+        return math.nan
+    return (us["unfused"] - us["fused"]) / (2 * layers * (us[OP_ALONE[0]] - us[OP_ALONE[1]]))
+
+
 def stacks(lines: Iterable[dict]) -> dict[tuple[str, int], tuple[dict[str, float], str]]:
     """(format, tokens) -> (candidate -> microseconds, the fused one's plan) of one stack's lines."""
     found: dict[tuple[str, int], tuple[dict[str, float], str]] = {}
@@ -166,13 +174,20 @@ def stacks(lines: Iterable[dict]) -> dict[tuple[str, int], tuple[dict[str, float
 
 
 def print_model(console: Console, lines: list[dict]) -> None:
-    """A line for each token count: milliseconds, tokens a second, gain and exposed communication."""
+    """A line for each token count: milliseconds, tokens a second, gain and exposed communication; of decode steps then the ops'."""
     rows = [[fmt, str(tokens), plan, *(f"{us.get(c, math.nan) / 1e3:.3f}" for c in ("unfused", "fused", "floor", "floor:sharded")),
              *(f"{tokens / us[c] * 1e6:.0f}" for c in ("unfused", "fused")), f"{us['unfused'] / us['fused'] - 1:+.1%}",
              f"{exposed(us):.1%}", f"{exposed(us, 'floor:sharded'):.1%}"] for (fmt, tokens), (us, plan) in stacks(lines).items()]
     table(console, "ms, tokens/s, gain, exposed communication (over the floor, and over the sharded plan's)",
           ["", "tokens", "plan", "unfused", "fused", "floor", "sharded", "unfused/s", "fused/s", "gain", "exposed", "sharded"],
           rows)
+    decoded = {line["format"]: line["layers"] for line in lines if line["candidate"] in OP_ALONE}
+    rows = [[fmt, str(tokens), *(f"{us[c]:.2f}" for c in OP_ALONE), f"{us['unfused'] - us['fused']:.0f}",
+             f"{saved(us, decoded[fmt]):.0%}", f"{1 - us['fused'] / us['unfused']:.1%}"]
+            for (fmt, tokens), (us, _) in stacks(lines).items() if fmt in decoded]
+    if rows:
+        table(console, "all_reduce_norm_quant alone, us; what a step saves, us, over what two a layer save, and over its time",
+              ["", "tokens", "unfused", "fused", "saved", "of the ops'", "of a step"], rows)
 
 
 def print_experts(console: Console, lines: list[dict]) -> None:
