@@ -23,14 +23,28 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     """Causal attention of a whole prompt; or, of a module that has a cache, of one new token that is written to the cache's last
     place, over all of it. query (batch, heads, tokens, head_dim), key and value with their own heads; values may be narrower."""
     if (cache := getattr(module, "cache", None)) is not None:
-        batch = query.shape[0]
-        cache[0, :batch, :, -1:].copy_(key)
-        cache[1, :batch, :, -1:].copy_(value)
-        key, value = cache[0, :batch], cache[1, :batch]
+        return attend(query, key, value, cache).transpose(1, 2), None
     width = value.shape[-1]
     value = F.pad(value, (0, query.shape[-1] - width))  # flash attention has one width
-    y = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None, enable_gqa=query.shape[1] != key.shape[1])
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
     return y[..., :width].transpose(1, 2), None
+
+
+@torch.library.custom_op("fusewire_bench::attend", mutates_args=("cache",))
+def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor) -> Tensor:
+    """One new token's attention, by an op of its own: of slices of a cache that is written to, compilers copy the whole.
+
+    cache  (2, at least as many sequences, heads of key and value, tokens, head_dim): keys, then values
+    """
+    keys, values = cache[:, :query.shape[0]]
+    keys[:, :, -1:].copy_(key)
+    values[:, :, -1:].copy_(value)
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True).contiguous()
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, cache: Tensor) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def config_of(shape: Shape | Experts, layers: int) -> object:
