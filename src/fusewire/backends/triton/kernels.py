@@ -592,6 +592,7 @@ def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, r
                 missing, _ = _look(row, half, data, nbytes, rank, rows, i, i + 1, BLOCK, WORLD, SLOT)
                 if missing != 0:
                     _end_late(data[0], epoch, row, (rank + i) % WORLD, -1, report, op, limit_ns)
+            absent, words = _look(row, half, data, nbytes, rank, rows, 1, WORLD, BLOCK, WORLD, SLOT)  # all came at the last moment
     return words
 
 
