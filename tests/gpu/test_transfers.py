@@ -25,6 +25,7 @@ from fusewire.backends import device, words, workspace
 from fusewire.backends import matmul_reduce_scatter as scatters
 from fusewire.backends.cuda import gemm
 from fusewire.errors import FusewireError
+from fusewire.ops.collectives import reduce_scatter
 from fusewire.ops.dense import matmul, quantize
 from fusewire.ops.fused import all_gather_matmul, matmul_reduce_scatter
 
@@ -136,6 +137,9 @@ def scattered(rank: int, world: int, shape: tuple, fmt: str, name: str) -> tuple
         def kernel(x: list[Tensor], w=w, bias=bias) -> Tensor:
             return gemm.product(x, p, w, bias, fmt)
 
+        y = whole(xs[rank])
+        if not torch.equal(torch.ops.fusewire.reduce_scatter.push(y, name), reduce_scatter.reference(y, name)):
+            wrong.append("a reduce_scatter alone is not its reference")
         truth = sum(exact([t[mine] for t in x], w, bias, fmt) for x in xs)
         for backend, run in ran.items():
             same = {"push": whole, "push:flags": whole, "copy_engine": chunks, "epilogue": kernel}[backend]

@@ -1,6 +1,7 @@
 """matmul_reduce_scatter over a workspace: small batches multiply and then push, large ones do both at once.
 
-push         the matmul op's own backend, then one small kernel stores partial sums to their owners and adds: any format
+push         the matmul op's own backend, then one small kernel stores partial sums to their owners and adds: any format; alone it
+             is a backend of reduce_scatter
 copy_engine  the peers' rows are multiplied first, and pushed by copy engines while the rest is multiplied: any format with
              linear scales
 epilogue     one kernel multiplies, stores each tile to its owner, and adds what came to its own last tiles: bf16, FP8
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import formats
 from ..errors import InputError
-from ..ops.collectives import world_size
+from ..ops.collectives import reduce_scatter, world_size
 from ..ops.dense import matmul
 from ..ops.fused import matmul_reduce_scatter
 from . import aten, transfer, words, workspace
@@ -20,6 +21,7 @@ from .cuda import gemm
 from .transfer import join, on_side, prepare, why_not
 
 BLOCK = 2048  # elements that one of their programs takes at once
+ADDED = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 4  # blocks that are sent for one fence, if a program has more
 
 
@@ -84,6 +86,17 @@ def pushed(y: Tensor, group: str, op: str = "matmul_reduce_scatter", counts: lis
         kernels.push_and_add, programs, t, y, out, starts, sizes, chunks, WORLD=world, LOOPBACK=space.loopback, BLOCK=BLOCK,
         CHUNK=chunk, ALIGNED=all(n * y.element_size() % 16 == 0 for n in sizes), WAIT=wait)
     return out
+
+
+def _why_not_add(x: Tensor, group: str) -> str | None:
+    return why_not(x.device, group) if x.dtype in ADDED else f"it adds 16-bit floats and float32, not {x.dtype}"
+
+
+@reduce_scatter.backend("push", supports=_why_not_add, nbytes=lambda x, group: x.numel() * x.element_size(),
+                        seconds=transfer.one_after_the_other)
+def push_alone(x: Tensor, group: str) -> Tensor:
+    """Where no matmul makes what is added: an embedding."""
+    return pushed(x.contiguous(), group, reduce_scatter.name)
 
 
 @matmul_reduce_scatter.backend("copy_engine", supports=_why_not_by_shards, nbytes=nbytes, seconds=transfer.by_copy_engines)

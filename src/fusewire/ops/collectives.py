@@ -68,7 +68,7 @@ def all_gather(x: list[Tensor], group: str) -> list[Tensor]:
     return [t.flatten(0, 1) for t in _all_gather_flat(x, group)]
 
 
-@op(fake=_sharded, wire=lambda x, group: (world_size(group) - 1) * nbytes([x]) // world_size(group))
+@op(rows=("x",), fake=_sharded, wire=lambda x, group: (world_size(group) - 1) * nbytes([x]) // world_size(group))
 def reduce_scatter(x: Tensor, group: str) -> Tensor:
     """(world_size * n, ...) -> (n, ...): the sum over ranks of this rank's rows, float32 in rank order, then rounded."""
     _check_divides(x, group, "reduce_scatter")
