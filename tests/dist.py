@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import multiprocessing
@@ -95,6 +96,7 @@ def _raise(errors: list[dict], dead: dict[int, int]) -> None:
 def _rank(fn: Callable, rank: int, world_size: int, args: tuple, d: str, timeout_s: float, release) -> None:
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     torch.set_num_threads(1)
+    gc.freeze()  # what is there stays: each capture of a CUDA graph looks for garbage
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     if inductor := sys.modules.get("torch._inductor.config"):
         inductor.compile_threads = 1  # read from the environment before the fork

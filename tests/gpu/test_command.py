@@ -7,8 +7,6 @@ import re
 import subprocess
 import sys
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for devices must not start CUDA here: ranks are forked
-
 import dist as ranks
 import pytest
 import tiny
@@ -27,14 +25,19 @@ from fusewire.models import parallelize, static_cache
 from fusewire.models.demo import demo_model
 from fusewire.ops.collectives import all_gather, all_reduce, reduce_scatter
 
-SHOTS = r"all_reduce_norm_quant\.(one|two)_shot"
+SHOTS = r"all_reduce_norm_quant\.(one_shot|streamed|two_shot)"
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
 
 
-def fusewire(*args: object, timeout: float = 500) -> str:
+def fusewire(gpus: int, *args: object, timeout: float = 500) -> str:
+    """The command's output, where it sees so many GPUs."""
+    count = torch.cuda.device_count()
+    if count < gpus:
+        pytest.skip(f"there are {count} CUDA devices here, and it needs {gpus}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:gpus]
     done = subprocess.run([sys.executable, "-m", "fusewire.cli", *map(str, args)], capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"})
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible)})
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -56,23 +59,27 @@ def demo():
         pytest.skip(str(e))
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("q", ["fp8", "nvfp4"])
-def test_run_and_verify_with_both_ranks_on_one_gpu(saved, q):
+def test_run_and_verify(saved, q, gpus):
+    """With both ranks on one GPU, and with one each."""
     how = (saved, "-tp", 2, "-q", q, "--device", "cuda", "--max-tokens", 6, "--prompt", "w5 w6 w7 w8 w9")
-    said = fusewire("run", *how, "--compare")
-    assert "so that their times mean nothing" in said
+    said = fusewire(gpus, "run", *how, "--compare")
+    assert ("so that their times mean nothing" in said) == (gpus == 1)
     assert re.search(SHOTS, said) and "no workspace" not in said
-    found = json.loads(fusewire("verify", *how, "--json"))
+    found = json.loads(fusewire(gpus, "verify", *how, "--json"))
     assert [(v["plan"], v["device"], v["accepted"]) for v in found] == [("replicated", "cuda", True), ("sharded", "cuda", True)]
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("q", ["fp8", "nvfp4"])
-def test_the_demo_model_with_both_ranks_on_one_gpu(demo, q):
-    how = (demo, "-tp", 2, "-q", q, "--device", "cuda", "--max-tokens", 8)
-    said = fusewire("run", *how, "--compare", "--prompt", "The capital of France is Paris. The capital of Italy is")
+def test_the_demo_model(demo, q, gpus):
+    prompt = "The capital of France is Paris. The capital of Italy is"
+    how = (demo, "-tp", 2, "-q", q, "--device", "cuda", "--max-tokens", 8, "--prompt", prompt)
+    said = fusewire(gpus, "run", *how, "--compare")
     assert re.search(SHOTS, said) and "no workspace" not in said
     assert re.search(r"identical to unfused|the unfused tokens differ", said)
-    found = json.loads(fusewire("verify", *how, "--json", "--prompt", "The capital of France is Paris. The capital of Italy is"))
+    found = json.loads(fusewire(gpus, "verify", *how, "--json"))
     assert [(v["plan"], v["accepted"]) for v in found] == [("replicated", True), ("sharded", True)]
 
 

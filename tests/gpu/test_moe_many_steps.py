@@ -7,8 +7,6 @@ import random
 import signal
 import time
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-
 import dist as ranks
 import pytest
 import torch

@@ -2,16 +2,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import dist as ranks
 import pytest
 import torch
-from test_all_reduce_norm_quant import compile_ahead, compiling, group_of_one
+from test_all_reduce_norm_quant import compile_ahead, compiling, group_of_one, with_kernels
 from test_transfers import connect, late, rows
 from torch import Tensor
 
@@ -126,7 +123,7 @@ def numbers(rank: int, world: int) -> list[str]:
 def test_numbers(world):
     """Bit for bit, from a workspace full of NaN."""
     compiled(world)
-    assert ranks.run_ranks(numbers, world, world, timeout_s=400) == [[] for _ in range(world)]
+    assert ranks.run_ranks(with_kernels, world, numbers, launches, world, timeout_s=400) == [[] for _ in range(world)]
 
 
 def block(rank: int, world: int, fmt: str, counts: list[int], name: str, favour: int | None) -> tuple:
@@ -155,7 +152,7 @@ def whole(rank: int, world: int) -> list[str]:
 @pytest.mark.parametrize("world", WORLDS)
 def test_all_of_it_has_the_reference_s_bits(world):
     compiled(world)
-    assert ranks.run_ranks(whole, world, world, timeout_s=300) == [[] for _ in range(world)]
+    assert ranks.run_ranks(with_kernels, world, whole, launches, world, timeout_s=300) == [[] for _ in range(world)]
 
 
 def unguarded(rank: int, what: str, wait: bool) -> bool:
