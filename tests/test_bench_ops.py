@@ -54,11 +54,12 @@ def test_two_ranks_print_write_and_plot(tmp_path):
                      ("all_gather_matmul", 64, 192, 8): matmul, ("matmul_reduce_scatter", 96, 64, 8): matmul,
                      ("all_reduce_norm_quant", 64, 64, 8): matmul - {"gemm"} | {"norm"},
                      ("all_reduce_norm_quant", 64, 64, 33): matmul - {"gemm"} | {"norm"},
-                     ("norm_quant_all_gather_matmul", 64, 64, 8): matmul | {"norm"},
-                     ("norm_quant_all_gather_matmul", 64, 192, 8): matmul | {"norm"}}
+                     ("norm_quant_all_gather_matmul", 64, 64, 8): matmul | {"norm", "all_gather_matmul", "copy:norm"},
+                     ("norm_quant_all_gather_matmul", 64, 192, 8): matmul | {"norm", "all_gather_matmul", "copy:norm"}}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^gate_up +8 +\d+\.\d +\d+\.\d \d+\.\d\d ", done.stdout, re.M), done.stdout
     assert re.search(r"^fp8_token +1-127 +\d+\.\d\d 1\.00x ", done.stdout, re.M), done.stdout
+    assert re.search(r"^qkv +fp8_token +8 +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d{3} +- +-$", done.stdout, re.M), done.stdout
     assert "not measured: matmul_reduce_scatter: 33 tokens do not divide over 2 ranks" in done.stdout
     assert "not measured: torch_symm_mem: PyTorch's symmetric memory needs CUDA devices" in done.stdout
 
@@ -70,6 +71,27 @@ def test_loopback_marks_its_lines(tmp_path):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines and all(line["loopback"] is True and line.keys() == FIELDS | {"loopback"} for line in lines)
     assert {line["world_size"] for line in lines} == {4} and "gloo" not in {line["candidate"] for line in lines}
+
+
+def test_the_boundary_beside_what_it_cannot_do_without(capsys):
+    from rich.console import Console
+
+    name = "norm_quant_all_gather_matmul"
+    us = {"fusewire": 126.0, "all_gather_matmul": 100.0, "copy:norm": 20.0, "norm:fusewire": 25.0, "copy:push": 27.0,
+          "push:fusewire": 30.0}
+    lines = [{"op": name, "format": "nvfp4", "K": 64, "N": 192, "M": 8, "candidate": c, "us": t} for c, t in us.items()]
+    results.print_boundary(Console(width=200), lines, {(name, 64, 192): "qkv"})
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "qkv", "nvfp4", "8", "126.0", "100.0", "20.0", "1.050", "80%", "90%"]
+
+
+def test_copies_are_of_what_the_boundary_reads_and_writes(monkeypatch):
+    g, sizes = groups.loopback_group(4), {}
+    monkeypatch.setattr(peers, "_copy", lambda name, nbytes, sets: sizes.setdefault(name, nbytes))
+    list(peers.boundary_kernel(case("norm_quant_all_gather_matmul", m=8, group=g), [cases.inputs(
+        case("norm_quant_all_gather_matmul", m=8, group=g), 0, CPU)]))
+    read_and_written, parts = 2 * 32 * 2 * 3, 2 * (32 + 4)  # 2 rows of a rank: x, the residual, their sum; codes and a scale
+    assert sizes == {"copy:norm": (read_and_written + parts) // 2, "copy:push": (read_and_written + 4 * parts) // 2}
 
 
 @pytest.mark.parametrize(("command", "sentence"), {

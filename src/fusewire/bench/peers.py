@@ -16,6 +16,9 @@ from .. import compat, formats
 from .. import group as groups
 from ..backends.aten import scales
 from ..backends.cuda import gemm
+from ..backends.triton import norm_quant_all_gather_matmul as pushing
+from ..backends.triton.launch import row_bytes, why_not
+from ..ops.fused import all_gather_matmul
 from .cases import BOUNDARY, GATHER, NORM, SCATTER, Case
 from .checks import after, cublas, fast_sums, operands, tail, whole
 
@@ -219,7 +222,7 @@ def _flashinfer_workspace(pg: dist.ProcessGroup, hidden: int) -> _Space:
 
 def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candidate | str]:
     """`gemm`, `gemm:fast`, `gemm:fusewire`: the matmul on data that is gathered already, by cuBLAS with precise and with fast
-    sums, and by our kernel; `norm`: what follows the sum."""
+    sums, and by our kernel; `norm`: what follows the sum. Of a boundary `all_gather_matmul`, on rows that are quantized already."""
     if case.op.name in (NORM, BOUNDARY):
         then = _compiled(case.fmt, device.type)
         rest = tail if case.op.name == BOUNDARY else tuple
@@ -233,6 +236,33 @@ def alone(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candi
         yield Candidate("gemm:fast", lambda i: [cublas(*calls[i], fmt, True)], "gemm")
     why = gemm.why_not(calls[0][0], calls[0][2], None, fmt, torch.bfloat16)
     yield why or Candidate("gemm:fusewire", lambda i: [gemm.product(*calls[i], None, fmt)], "gemm")
+    if case.op.name == BOUNDARY:
+        name = case.group.name
+        yield Candidate("all_gather_matmul", lambda i: all_gather_matmul(*own[i], [None], fmt, torch.bfloat16, name), "gemm")
+        yield from boundary_kernel(case, sets)
+
+
+def boundary_kernel(case: Case, sets: list[tuple]) -> Iterator[Candidate | str]:
+    """`norm:fusewire`: our kernel between two matmuls, which sends nothing; in loopback `push:fusewire`, the same if it sends.
+    `copy:norm`, `copy:push`: as many bytes as they read and write, halved, since a copy reads and writes."""
+    rows, residual, weight, *_ = sets[0]
+    both = rows.numel() * 2 * 3  # two are read, their sum is written
+    parts = rows.shape[0] * sum(row_bytes(rows, case.fmt))
+    why = why_not(rows, residual, weight, case.fmt, case.group.name)
+
+    def call(sends: bool) -> Callable[[int], list[Tensor]]:
+        def run(i: int) -> list[Tensor]:
+            x, residual, weight, eps, offset, cast_first, _, params, *_ = sets[i]
+            made = pushing.push(x, residual, weight, eps, offset, cast_first, False, params, case.fmt, case.group.name, False,
+                                send=sends)
+            return [*([] if made.total is None else [made.total]), *made.parts]
+        return run
+
+    yield _copy("copy:norm", (both + parts) // 2, sets)
+    yield why or Candidate("norm:fusewire", call(False), "norm")
+    if _process_group(case) is None:  # between ranks nobody may send again before the others have read
+        yield _copy("copy:push", (both + parts * case.group.world_size) // 2, sets)
+        yield why or Candidate("push:fusewire", call(True), "norm")
 
 
 def moved(case: Case) -> int:
@@ -249,12 +279,19 @@ def copy(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Candid
     n = moved(case)
     pg = _process_group(case)
     if pg is None or device.type != "cuda":
-        sources = [torch.randint(0, 255, (n,), dtype=torch.uint8, device=device) for _ in sets]
-        targets = [torch.empty_like(s) for s in sources]
-        yield Candidate("copy", lambda i: [targets[i].copy_(sources[i])], "copy")
+        yield _copy("copy", n, sets)
         return
     pull = puller(case.group.name, n, device)
     yield Candidate("copy", lambda i: [pull()], "copy")
+
+
+def _copy(name: str, nbytes: int, sets: list[tuple]) -> Candidate:
+    """A copy of so many bytes on this device, others for each version."""
+    first = sets[0][0]
+    device = first.device if isinstance(first, Tensor) else first[0].device
+    sources = [torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device) for _ in sets]
+    targets = [torch.empty_like(s) for s in sources]
+    return Candidate(name, lambda i: [targets[i].copy_(sources[i])], "copy")
 
 
 _buffers: dict[str, list[Tensor]] = {}

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InputError
+from .cases import BOUNDARY
 
 GROUPS = {"1-127": range(1, 128), "128-512": range(128, 1024), "1024-2048": range(1024, 4096), "4096-": range(4096, 1 << 62)}
 """Token counts that are averaged together."""
-BOUNDS = ("gemm", "norm", "copy")  # candidates that do less than the op
+BOUNDS = ("gemm", "norm", "push", "copy", "all_gather_matmul")  # candidates that do less than the op
 MATMULS = ("all_gather_matmul", "matmul_reduce_scatter")  # whose means are taken together
 OP_ALONE = ("op:unfused", "op:fused")  # what a decode step has twice a layer, measured beside it
 CELL = ("op", "format", "K", "N", "M")  # what a line's time can be compared within
@@ -107,6 +108,7 @@ def print_ops(console: Console, lines: list[dict], names_of: dict[tuple[str, int
             times = [f"{by_name[c]['us']:.1f} {by_name[c]['us'] / ideal:.2f}" if c in by_name else "-" for c in names]
             shown.append([names_of[op, k, n], str(m), f"{ideal:.1f}", *times])
         table(console, f"{op}, {fmt}: us, time / ideal", ["", "M", "ideal", *names], shown)
+    print_boundary(console, lines, names_of)
     found: dict[tuple, dict[str, dict]] = {}
     for row in means(lines):
         found.setdefault((row["op"], row["format"], row["tokens"]), {})[row["candidate"]] = row
@@ -115,6 +117,24 @@ def print_ops(console: Console, lines: list[dict], names_of: dict[tuple[str, int
         names = list(dict.fromkeys(n for by_name in of_kind.values() for n in by_name))
         shown = [[fmt, tokens, *(_mean(by_name.get(n)) for n in names)] for (_, fmt, tokens), by_name in of_kind.items()]
         table(console, f"{kind}: geometric means of time / ideal, and fusewire's speed-up", ["", "M", *names], shown, left=2)
+
+
+def print_boundary(console: Console, lines: list[dict], names_of: dict[tuple[str, int, int], str]) -> None:
+    """The boundary of the sharded plan over what it cannot do without: the gather and matmul alone, and the bytes of the norm at
+    the speed of a copy; and how near to a copy of their bytes our kernels come, the one that sends in loopback alone."""
+    def share(us: dict[str, float], kernel: str) -> str:
+        return f"{us[f'copy:{kernel}'] / us[f'{kernel}:fusewire']:.0%}" if f"{kernel}:fusewire" in us else "-"
+
+    rows = []
+    for (op, fmt, k, n, m), by_name in cells(lines).items():
+        if op == BOUNDARY and {"fusewire", "all_gather_matmul", "copy:norm"} <= by_name.keys():
+            us = {name: line["us"] for name, line in by_name.items()}
+            least = us["all_gather_matmul"] + us["copy:norm"]
+            rows.append([names_of[op, k, n], fmt, str(m), *(f"{us[c]:.1f}" for c in ("fusewire", "all_gather_matmul", "copy:norm")),
+                         f"{us['fusewire'] / least:.3f}", share(us, "norm"), share(us, "push")])
+    if rows:
+        table(console, f"{BOUNDARY} over all_gather_matmul + the norm's bytes; the kernels' share of a copy's bandwidth", [
+            "", "", "M", "fusewire", "all_gather_matmul", "copy:norm", "over both", "norm", "push"], rows, left=2)
 
 
 def _mean(row: dict[str, Any] | None) -> str:
