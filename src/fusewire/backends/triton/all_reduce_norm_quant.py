@@ -139,7 +139,6 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
     else:
         space.need(NAME, one_shot_bytes(*args), space.world_size * rows)
         words = space.world_size * rows * _slot(x) <= space.word_bytes
-        few = _few(rows, hidden, processors(x))
         kernel, (warps, resident) = kernels.one_shot, _many(hidden)
         programs = min(rows, resident * processors(x))
         if words and way == "streamed":
@@ -147,7 +146,7 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
             kernel, programs = kernels.streamed, min(rows + pushers, resident * processors(x))
             constants |= {"CLEAR": clear}
             numbers = (*numbers, pushers)
-        elif words and few is not None:
+        elif words and (few := _few(rows, hidden, processors(x))) is not None:
             kernel, (pieces, warps, resident) = kernels.one_shot_few, few
             programs = rows * pieces
             constants |= {"PARTS": pieces, "CLEAR": clear}
