@@ -56,7 +56,7 @@ from ..errors import FusewireError, InputError, MismatchError
 from .device import processors
 
 BYTES_PER_FLAG = 32  # of a half: more flags than any op with a flag for each row or tile needs
-WORD_BYTES = 64 << 20  # of a third, at most: 2048 rows of 8192 in 16 bits from each of 2 ranks
+WORD_BYTES = 128 << 20  # of a third, at most: 4096 rows of 8192 in 16 bits from each of 2 ranks
 REPORT_WORDS = 8
 EXIT_CODE = 70  # of a process that a bounded wait ended
 ALIGN = 256  # bytes, of what lies behind one another

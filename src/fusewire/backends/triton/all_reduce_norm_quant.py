@@ -48,7 +48,12 @@ def two_shot_bytes(x: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
 # Programs for a row of up to so many rows, beyond which each has one: the fastest of 4, 2 and 1 for FP8 and NVFP4 on two H200,
 # hidden = 8192, but for 64 rows, where 4 need other warps to be faster.
 _ROWS_IN_PIECES, _PIECES = 32, 4
-_PUSHERS = 48  # programs that only push: the fastest of 16, 24, 32 and 48 on two H200, 256 to 2048 rows
+
+
+def _pushers(rows: int) -> int:
+    """Programs that only push: the fastest of nine from 16 to 96 on two H200, or within 1 % of it, for 256 to 4096 rows of FP8,
+    hidden = 8192."""
+    return min(rows, 48 if rows < 1024 else 56)
 
 
 def _warps(hidden: int) -> int:
@@ -84,10 +89,10 @@ def one_shot(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
 
 
 def _streamed_seconds(u: Usage) -> float:
-    """Not better than one_shot for a few rows, faster for more, and the same for those that words have no room for."""
+    """Not better than one_shot up to 256 rows, faster for more, and the same for those that words have no room for."""
     words = u.bytes * u.world_size**2 / (2 * (u.world_size - 1))  # a ring's bytes, as the rows of all ranks
     pushed = u.world_size / 2 * u.wire_s
-    return 5e-6 + pushed if words > workspace.WORD_BYTES else 5.5e-6 + 0.95 * pushed
+    return 5e-6 + pushed if words > workspace.WORD_BYTES else 5.6e-6 + 0.95 * pushed
 
 
 def _why_not_streamed(*args) -> str | None:
@@ -142,7 +147,7 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         kernel, (warps, resident) = kernels.one_shot, _many(hidden)
         programs = min(rows, resident * processors(x))
         if words and way == "streamed":
-            pushers = min(rows, _PUSHERS)
+            pushers = _pushers(rows)
             kernel, programs = kernels.streamed, min(rows + pushers, resident * processors(x))
             constants |= {"CLEAR": clear}
             numbers = (*numbers, pushers)
