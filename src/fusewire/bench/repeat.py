@@ -17,7 +17,7 @@ from ..errors import FusewireError
 
 COPY = torch.ops.aten.copy_.default
 KEPT = 3  # layers that are captured: the first, one of all those between, the last
-SHALLOW = 8  # layers: in more, FP8 and random weights make so much of a rounding that logits could not be compared
+SHALLOW = 4  # layers: in more, FP8 and random weights make so much of a rounding that logits could not be compared
 
 
 class Part(NamedTuple):
