@@ -241,18 +241,28 @@ def _inverse_inside(x):
 
 
 @triton.jit
-def _divide(y, by, inverse):
+def _signed(x, like):
+    """x with the sign of `like`, float32."""
+    return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, 0x80000000, 0xD8;", "=r,r,r", [x, like], dtype=tl.float32, is_pure=True,
+                                     pack=1)
+
+
+@triton.jit
+def _divide(y, by, inverse, LARGEST: tl.constexpr):
     """y / by, correctly rounded where 2^-20 < |y / by| < 2^20, of the right sign and as small or large elsewhere; `by` is a
-    scalar and `inverse` is 1 / by, rounded.
+    scalar and `inverse` is 1 / by, rounded. LARGEST: `by` is `_scale_of` what no |y| is larger than.
 
     q = y * (1 / by) is a little off; its error, exact in one fused multiply-add, times 1 / by, makes it right (Markstein).
     That needs no intermediate to overflow or vanish: for unusual `by` the division itself is used. e4m3 rounds what is smaller
-    to zero, whose sign the correction would lose, and saturates what is larger.
+    to zero, whose sign the correction would lose, and saturates what is larger, of which there is none if LARGEST.
     """
     if (by > 2.0**-60) & (by < 2.0**60):
         q = y * inverse
-        exact = tl.fma(tl.fma(-q, by, y), inverse, q)
-        q = tl.where((tl.abs(q) > 2.0**-20) & (tl.abs(q) < 2.0**20), exact, q)
+        exact = tl.fma(tl.fma(q, -by, y), inverse, q)
+        if LARGEST:
+            q = _signed(exact, q)
+        else:
+            q = tl.where((tl.abs(q) > 2.0**-20) & (tl.abs(q) < 2.0**20), exact, q)
     else:
         q = tl.div_rn(y, by)
     return q
@@ -273,8 +283,7 @@ def _divide_blocks(y, by):
     y = y * shift[:, None]
     q = y * inverse
     exact = tl.fma(tl.fma(-q, by, y), inverse, q)
-    return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, 0x80000000, 0xD8;", "=r,r,r", [exact, q], dtype=tl.float32, is_pure=True,
-                                     pack=1)  # with the sign of q
+    return _signed(exact, q)
 
 
 def _e2m1_asm() -> str:
@@ -331,7 +340,7 @@ def _quantized(y, param, inverse, FMT: tl.constexpr):
     tensor or of the row, and 1 / it. Scales: one for each block, or param."""
     N: tl.constexpr = y.shape[0]
     if FMT == "fp8_tensor" or FMT == "fp8_token":
-        return _divide(y, param, inverse).to(tl.float8e4nv), param
+        return _divide(y, param, inverse, FMT == "fp8_token").to(tl.float8e4nv), param
     else:
         SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
         blocks = tl.reshape(y, (N // SIZE, SIZE))
@@ -433,31 +442,38 @@ def _sum_and_larger(a, b, c, d):
 
 
 @triton.jit
-def _factor_and_amax(total, w, inside, eps, offset, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr,
-                     CAST_FIRST: tl.constexpr):
-    """`_factor` of a row, and what `_row_amax` is of its norm, which is not made.
-
-    Rounding keeps order, so the amax is the largest magnitude before it, rounded. And that is P * factor, with P the largest
-    |total * w|, to a few roundings: at most 2^-22 of it, and 2^-22 for products of what is below 2^-126. P is found together
-    with the sum of squares. As a rule both ends of what is possible round to the same number, which then is the amax; else
-    the row is looked at again.
-    """
-    T: tl.constexpr = total.dtype
-    if CAST_FIRST:  # it rounds in between
-        factor = _factor(total, eps, HIDDEN)
-        amax = _row_amax(_ended(_unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST), inside, HIDDEN, BLOCK))
-        amax = _rounded(amax, T)
+def _factor_and_largest(total, w, eps, offset, HIDDEN: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """`_factor` of a row, and the largest |total * w| for `_token_scale`, if that can use it."""
+    if CAST_FIRST:
+        return _factor(total, eps, HIDDEN), 0.0
     else:
         y = _wide(total)
-        squares, most = tl.reduce((y * y, tl.abs(_unrounded(total, w, 1.0, offset, HAS_OFFSET, CAST_FIRST))), 0, _sum_and_larger)
-        factor = tl.rsqrt(squares * (1.0 / HIDDEN) + eps)
-        most = most * factor
+        squares, largest = tl.reduce((y * y, tl.abs(_unrounded(total, w, 1.0, offset, HAS_OFFSET, CAST_FIRST))), 0, _sum_and_larger)
+        return tl.rsqrt(squares * (1.0 / HIDDEN) + eps), largest
+
+
+@triton.jit
+def _token_scale(total, w, factor, largest, inside, offset, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr,
+                 CAST_FIRST: tl.constexpr):
+    """`_scale_of` the largest magnitude of a row's norm.
+
+    Rounding keeps order, so that is the largest before it, rounded. And that is P * factor, with P the largest |total * w|, to a
+    few roundings: at most 2^-22 of it, and 2^-22 for products of what is below 2^-126. As a rule both ends of what is possible
+    round to the same number, which then it is; else the row is looked at again. So it is if the norm is rounded in between.
+    """
+    T: tl.constexpr = total.dtype
+    if CAST_FIRST:
+        unrounded = _unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST)
+        scale = _scale_of(_rounded(_row_amax(_ended(unrounded, inside, HIDDEN, BLOCK)), T))
+    else:
+        most = largest * factor
         high = _rounded(most * (1 + 2.0**-20) + 2.0**-21, T)
         amax = _rounded(tl.maximum(most * (1 - 2.0**-20) - 2.0**-21, 0.0, propagate_nan=tl.PropagateNan.ALL), T)
+        scale = _scale_of(amax)
         if (amax != high) | (high >= float("inf")):
-            amax = _row_amax(_ended(_unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST), inside, HIDDEN, BLOCK))
-            amax = _rounded(amax, T)
-    return factor, amax
+            unrounded = _unrounded(total, w, factor, offset, HAS_OFFSET, CAST_FIRST)
+            scale = _scale_of(_rounded(_row_amax(_ended(unrounded, inside, HIDDEN, BLOCK)), T))
+    return scale
 
 
 @triton.jit
@@ -695,19 +711,19 @@ def one_shot_few(
         if PARTS > 1:
             summed_all = _plus(before_all, summed_all)
     tl.store(total + row * HIDDEN + at, summed, mask=inside)
-    if FMT == "fp8_token" and PARTS > 1:
-        factor, amax = _factor_and_amax(summed_all, w_all, whole_inside, eps, offset, HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST)
-        param = _scale_of(amax)
-        inverse = _inverse_inside(param)
+    row_sum = summed_all if PARTS > 1 else summed
+    if FMT == "fp8_token":
+        row_w = w_all if PARTS > 1 else w
+        factor, largest = _factor_and_largest(row_sum, row_w, eps, offset, HIDDEN, HAS_OFFSET, CAST_FIRST)
     else:
-        factor = _factor(summed_all if PARTS > 1 else summed, eps, HIDDEN)
+        factor = _factor(row_sum, eps, HIDDEN)
     normed = _normed(summed, w, factor, offset, HAS_OFFSET, CAST_FIRST)
     if KEEP_NORM:
         tl.store(norm + row * HIDDEN + at, normed, mask=inside)
     if FMT != "bf16":
         y = _ended(normed, inside, HIDDEN, BLOCK)
-        if FMT == "fp8_token" and PARTS == 1:
-            param = _scale_of(_row_amax(y))
+        if FMT == "fp8_token":
+            param = _token_scale(row_sum, row_w, factor, largest, whole_inside, offset, HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST)
             inverse = _inverse_inside(param)
         codes, scale = _quantized(y, param, inverse, FMT)
         _store_parts(codes, scale, data, scales, row, first, HIDDEN, BLOCK, FMT, SWIZZLED, N)
