@@ -289,20 +289,24 @@ def _divide_blocks(y, by):
 def _e2m1_asm() -> str:
     """Eight e2m1 codes from float32 $1..$4 (even elements) and $5..$8 (odd ones), masked, a byte each, by $9..$12.
 
-    With m the power of two below max(|x|, 1), e2m1's values from m to 2 m, and from 0 if m is 1, are m / 2 apart. m * 2^22 has
-    steps of just m / 2, so adding it rounds |x| as wanted, ties to even, and leaves x / (m / 2) in the lowest bits. Two of them
-    and the exponent of m, times two, which is 254 for m = 1, make it the code (mod 16).
+    Of |x| there are 4 codes up to 2, 2 more up to 4 and 1 more up to 6. Each of these shares, from 0 to 1, is one multiplication
+    that saturates; adding it to 2^23 or more, whose lowest bit is 1, rounds it, ties to the even code, as the sum is even before
+    each share begins. Four codes are the digits, to base 16, of one such number. All of it is floating-point: integer instructions
+    have half the rate.
     """
     elements = [f"${1 + i // 2 + i % 2 * 4}" for i in range(8)]
-    code = "".join(f"""
-        abs.f32 x, {e}; min.f32 x, x, 0f40C00000;
-        and.b32 m, x, 0x7F800000; max.s32 m, m, 0x3F800000;
-        add.s32 c, m, 0x0B000002; add.rn.f32 x, x, c;
-        shr.u32 m, m, 22; add.u32 x, x, m;
-        shf.r.wrap.b32 codes, codes, x, 4;""" for e in elements)
+
+    def digits(to: str, elements: list[str]) -> str:
+        next_digit = f"fma.rn.f32 {to}, {to}, 0f41800000, 0fCCF00000;"  # 16 to - 15 * 2^23
+        return f"mov.b32 {to}, 0f4B000000;" + next_digit.join(f"""
+            abs.f32 x, {e}; mul.rn.sat.f32 m, x, 0f3F000000; fma.rn.f32 {to}, m, 0f40800000, {to};
+            fma.rn.sat.f32 m, x, 0f3F000000, 0fBF800000; fma.rn.f32 {to}, m, 0f40000000, {to};
+            fma.rn.sat.f32 m, x, 0f3F000000, 0fC0000000; add.rn.f32 {to}, m, {to};""" for e in reversed(elements))
+
     sign = "".join(f"shf.l.wrap.b32 signs, {e}, signs, 4; " for e in reversed(elements))
-    return ("{ .reg .b32 x, m, c, codes, signs; mov.b32 codes, 0; mov.b32 signs, 0;" + code + sign
-            + "and.b32 signs, signs, 0x88888888; or.b32 codes, codes, signs;"
+    return ("{ .reg .b32 x, m, codes, high, signs; mov.b32 signs, 0;"
+            + digits("codes", elements[:4]) + digits("high", elements[4:]) + sign
+            + "prmt.b32 codes, codes, high, 0x5410; and.b32 signs, signs, 0x88888888; or.b32 codes, codes, signs;"
             + "prmt.b32 x, $9, $10, 0x4040; prmt.b32 m, $11, $12, 0x4040; prmt.b32 x, x, m, 0x5410; and.b32 $0, codes, x; }")
 
 
