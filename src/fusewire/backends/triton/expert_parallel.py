@@ -86,8 +86,8 @@ def push(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
 
 
 def combine(shares: Tensor, counts: list[int], group: str, wait: bool = True) -> Tensor:
-    """reduce_scatter_v of the experts' shares; counts as for `push`."""
-    return matmul_reduce_scatter.pushed(shares, group, expert_parallel.name, counts or None, wait)
+    """reduce_scatter_v of the experts' shares; counts as for `push`. A small one of equal counts goes in words."""
+    return matmul_reduce_scatter.pushed(shares, group, expert_parallel.name, counts if len(set(counts)) > 1 else None, wait)
 
 
 def _why_not_dispatch(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,

@@ -12,12 +12,12 @@ from .. import device
 from .launch import HIDDEN, block_of, processors
 
 TOKENS = 4  # that one program chooses experts for: one for each warp
-TILE = {"bf16": (128, 256, 64), "fp8_token": (128, 256, 128), "fp8_tensor": (128, 256, 128), "fp8_block": (128, 128, 128),
-        "nvfp4": (128, 256, 64)}
-"""Format -> (rows, columns, depth) of the grouped matmul's tiles, where experts have rows enough to fill them."""
+TILE = {"bf16": (128, 1, 6), "fp8_token": (256, 1, 4), "fp8_tensor": (256, 1, 4), "fp8_block": (128, 2, 3), "nvfp4": (128, 1, 6)}
+"""Format -> (columns of a part, parts, stages) of the grouped matmul's tiles, where experts have more than FEW rows."""
 LOGIT_PARTS = 8  # of a logit, added one after the other
 LOGIT_COLUMNS, FEW_LOGITS = 128, 2048  # columns of the router's tiles; rows up to which each program has one of the parts
-FEW = 64  # rows of an expert, for which narrow tiles bring the weights by all multiprocessors
+FEW = 48  # rows of an expert, for which narrow tiles bring the weights by all multiprocessors
+FEW_TILE = (64, 128, 4, 2)  # their (columns, depth, stages, programs of a multiprocessor)
 
 
 def _power_of_two(n: int) -> bool:
@@ -92,7 +92,7 @@ def pack(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
     out = torch.empty(rows, sum(widths), dtype=torch.uint8, device=x.device)
     if rows:
         _, warps, registers = row_shape(hidden)
-        share = 1 if rows <= 8 * processors(x) else 2
+        share = 1 if rows <= 16 * processors(x) else 2
         moe_kernels.route_quantize_pack[-(-rows // TOKENS) * (1 + TOKENS // share),](
             x, scores, scores if bias is None else bias, params[0] if params else scores, out, rows, scale, share,
             **row_constants(x, weight, bias, k, groups, top_groups, how, fmt), RECORD=sum(widths), SCALES_AT=widths[0],
@@ -116,7 +116,7 @@ def row_constants(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, groups
     return dict(
         HIDDEN=hidden, PIECE=row_shape(hidden)[0], X_STRIDE=x.stride(0), FMT=fmt, K=k, GROUPS=groups, TOP_GROUPS=top_groups,
         SIGMOID="sigmoid" in how, RENORMALIZED=how.endswith("renormalized"), HAS_BIAS=bias is not None, EXPERTS=n,
-        EXPERTS_BLOCK=1 << (n - 1).bit_length(), TOKENS=TOKENS)
+        EXPERTS_BLOCK=1 << (n - 1).bit_length(), TOKENS=TOKENS, SLOTS=1 << (k - 1).bit_length())
 
 
 def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str,
@@ -134,31 +134,51 @@ def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], end
 
 @moe.grouped_matmul.backend("triton", supports=_why_not_grouped)
 def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from . import moe_kernels
-
     (rows, k), (experts, n) = x[0].shape, w[0].shape[:2]
     out = torch.empty(rows, n, dtype=dtype, device=x[0].device)
     if rows:
-        few = rows <= FEW * experts
-        tile, warps, stages = ((64, 64, 128), 4, 3) if few else (TILE[fmt], 8, 4)
-        flat = not few and fmt != "fp8_block"  # which alone is slower so, as a rule
-        programs = min((2 if few else 1) * processors(x[0]), (-(-rows // tile[0]) + experts) * -(-n // tile[1]))
         each = bool(params) and params[0].dim() > 0
         of_x, of_w = (params[0], w[-1]) if params else (ends, ends)
         if fmt == "nvfp4":  # a code times its scale is exact in bf16
             x, w = [_without_global_scale(x)], [_without_global_scale([p.flatten(0, 1) for p in w[:2]]).view(experts, n, -1)]
             of_x, of_w, k = of_x.reciprocal(), of_w.reciprocal(), x[0].shape[1]
         x, w = [t.contiguous() for t in x], [t.contiguous() for t in w]
-        scale = x[1] if len(x) > 1 else ends
-        by_x = TensorDescriptor.from_tensor(x[0], [tile[0], tile[2]])
-        by_w = TensorDescriptor.from_tensor(w[0].flatten(0, 1), [tile[1], tile[2]])
-        moe_kernels.grouped_matmul[programs,](
-            by_x, scale, by_w, w[1] if len(w) > 1 else ends, ends, out, rows, n, of_x, of_w, EACH=each, EXPERTS=experts,
-            EXPERTS_BLOCK=1 << (experts - 1).bit_length(), K=k, FMT=fmt, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2],
-            FLAT=flat, num_warps=warps, num_stages=stages)
+        scales = [t[1] if len(t) > 1 else ends for t in (x, w)]
+        launch = _few if rows <= FEW * experts else _many
+        launch(x[0], scales[0], w[0].flatten(0, 1), scales[1], ends, out, of_x, of_w, EACH=each, EXPERTS=experts, K=k, FMT=fmt)
     return out
+
+
+def _few(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, out: Tensor, *params: Tensor, EXPERTS: int,
+         **constants: Any) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from . import moe_kernels
+
+    rows, n = out.shape
+    height = min(64, max(16, 1 << (-(-rows // EXPERTS) - 1).bit_length()))
+    columns, depth, stages, resident = FEW_TILE
+    programs = min(resident * processors(x), (-(-rows // height) + EXPERTS) * -(-n // columns))
+    by_x, by_w = (TensorDescriptor.from_tensor(t, [size, depth]) for t, size in ((x, height), (w, columns)))
+    moe_kernels.grouped_matmul[programs,](
+        by_x, x_scale, by_w, w_scale, ends, out, rows, n, *params, EXPERTS=EXPERTS, EXPERTS_BLOCK=1 << (EXPERTS - 1).bit_length(),
+        ROWS=height, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=stages, **constants)
+
+
+def _many(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, out: Tensor, *params: Tensor, EXPERTS: int,
+          FMT: str, **constants: Any) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import grouped
+
+    rows, n = out.shape
+    width, parts, stages = TILE[FMT]
+    programs = min(processors(x), (-(-rows // 128) + EXPERTS) * -(-n // (width * parts)))
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
+    by_x, by_w = (TensorDescriptor.from_tensor(t, [size, 128 // t.element_size()], layout) for t, size in ((x, 64), (w, width)))
+    grouped.grouped_matmul[programs,](by_x, x_scale, by_w, w_scale, ends, out, rows, n, *params, EXPERTS=EXPERTS, FMT=FMT,
+                                      PARTS=parts, STAGES=stages, num_warps=4, **constants)
 
 
 def _without_global_scale(parts: list[Tensor]) -> Tensor:

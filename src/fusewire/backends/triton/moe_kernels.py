@@ -61,22 +61,12 @@ def _ordered(x):
 
 
 @triton.jit
-def _scatter(to, place, values, SIZE: tl.constexpr):
-    """Store the low SIZE bytes of each value to element `place` behind a pointer, if that is not negative: by the thread that has
-    it, where tl.store would first bring all of them into the order of their addresses."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b64 at; setp.ge.s32 p, $2, 0; mad.wide.s32 at, $2, $4, $1; @p st.global.b"
-        + ("32" if SIZE == 4 else "16" if SIZE == 2 else "8") + " [at], $3; mov.b32 $0, 0; }",
-        "=r,l,r,r,n", [to.to(tl.int64), place, values, SIZE], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _choose(logits, bias, first, rows, scale, to_ids, to_weights, K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+def _choose(logits, bias, first, rows, scale, K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
             SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-            TOKENS: tl.constexpr, ID_STRIDE: tl.constexpr, WEIGHT_STRIDE: tl.constexpr):
-    """The experts of TOKENS tokens from `first` on and their weights, see `ops.moe.CHOICES`, to rows of so many elements.
+            TOKENS: tl.constexpr, SLOTS: tl.constexpr):
+    """(ids int32, weights float32), each (TOKENS, SLOTS), of the tokens from `first` on, see `ops.moe.CHOICES`: K of them are set.
 
-    A token's experts lie in one warp from the load to the store; what was chosen is marked where it lies.
+    A token's logits lie in one warp; its weights are made of those that are chosen, which are loaded once more.
     """
     LOWEST: tl.constexpr = -(1 << 31)
     token = first + tl.arange(0, TOKENS)
@@ -91,11 +81,11 @@ def _choose(logits, bias, first, rows, scale, to_ids, to_weights, K: tl.constexp
         x = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (TOKENS, BLOCK))
     else:
         x = tl.load(from_logits + expert[None, :], mask=(token < rows)[:, None] & there[None, :], other=minus)
+    slot = tl.arange(0, SLOTS)
     if SIGMOID:
-        p = 1.0 / (1.0 + tl.exp(-x))
-        c = p
+        c = 1.0 / (1.0 + tl.exp(-x))
         if HAS_BIAS:
-            c = p + tl.load(bias + expert, mask=there, other=0.0).to(tl.float32)[None, :]
+            c += tl.load(bias + expert, mask=there, other=0.0).to(tl.float32)[None, :]
         if TOP_GROUPS < GROUPS:  # EXPERTS == BLOCK then
             grouped = tl.reshape(c, (TOKENS, GROUPS, BLOCK // GROUPS))
             best, second = tl.reduce((grouped, tl.full(grouped.shape, minus, tl.float32)), 2, _two_best)
@@ -106,25 +96,24 @@ def _choose(logits, bias, first, rows, scale, to_ids, to_weights, K: tl.constexp
             kept = tl.sum(better.to(tl.int32), 2) < TOP_GROUPS
             c = tl.reshape(tl.where(kept[:, :, None], grouped, minus), (TOKENS, BLOCK))
     else:
-        e = tl.exp(x - tl.max(x, 1)[:, None])
-        p = e / tl.sum(e, 1)[:, None]
-        c = p
+        largest = tl.max(x, 1)
+        total = tl.sum(tl.exp(x - largest[:, None]), 1)
+        c = tl.exp(x - largest[:, None]) / total[:, None]
     key = tl.where(there[None, :], _ordered(c), LOWEST)
-    place = tl.full((TOKENS, BLOCK), -1, tl.int32)
+    ids = tl.zeros((TOKENS, SLOTS), tl.int32)
     for i in tl.static_range(K):
-        largest = key == tl.max(key, 1)[:, None]
-        chosen = expert[None, :] == tl.min(tl.where(largest, expert[None, :], BLOCK), 1)[:, None]  # the first of equals
-        place = tl.where(chosen, i, place)
-        key = tl.where(chosen, LOWEST, key)
+        first_best = tl.min(tl.where(key == tl.max(key, 1)[:, None], expert[None, :], BLOCK), 1)[:, None]
+        ids = tl.where(slot[None, :] == i, first_best, ids)
+        key = tl.where(expert[None, :] == first_best, LOWEST, key)
+    y = tl.load(from_logits + ids, mask=(token < rows)[:, None], other=0.0)
+    if SIGMOID:
+        p = 1.0 / (1.0 + tl.exp(-y))
+    else:
+        p = tl.exp(y - largest[:, None]) / total[:, None]
     if RENORMALIZED:
-        total = tl.sum(tl.where(place >= 0, p, 0.0), 1)
-        if SIGMOID:
-            total += 1e-20
-        p = p / total[:, None]
-    place = tl.where((token < rows)[:, None], place, -1)
-    row = token.to(tl.int64)
-    _scatter((to_weights + row * WEIGHT_STRIDE)[:, None], place, p * scale, 4)
-    _scatter((to_ids + row * ID_STRIDE)[:, None], place, expert[None, :], to_ids.dtype.element_ty.primitive_bitwidth // 8)
+        of_all = tl.sum(tl.where(slot[None, :] < K, p, 0.0), 1)[:, None]
+        p = p / (of_all + 1e-20 if SIGMOID else of_all)
+    return ids, p * scale
 
 
 # ---- rows, in pieces of PIECE elements, a power of two: small ones keep a thread's registers few and its loads apart ----
@@ -175,15 +164,39 @@ def _quantized_piece(mine, param, inverse, FMT: tl.constexpr):
 
 
 @triton.jit
-def _store_piece(codes, scale, data, scales, row, I: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, FMT: tl.constexpr):
-    """Write what `_quantized_piece` gave of the I-th piece to row `row` of the parts."""
+def _store_codes(codes, data, row, I: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, FMT: tl.constexpr):
+    """Write the codes of the I-th piece to row `row`."""
+    PER: tl.constexpr = 2 if FMT == "nvfp4" else 1  # elements in a byte
     ALL: tl.constexpr = (HIDDEN + PIECE - 1) // PIECE * PIECE
-    if FMT == "bf16":
-        at = I * PIECE + tl.arange(0, PIECE)
-        tl.store(data + row * HIDDEN + at, codes, mask=_below(at, HIDDEN, ALL))
-    else:
-        DATA: tl.constexpr = "fp8_tensor" if FMT == "fp8_token" and I > 0 else FMT  # a row's scale is written once
-        _store_parts(codes, scale, data, scales, row, I * PIECE, HIDDEN, ALL, DATA, False, PIECE)
+    at = I * (PIECE // PER) + tl.arange(0, PIECE // PER)
+    # as many at once as a thread holds already: wider stores would first move them through shared memory
+    tl.store(tl.max_contiguous(data + row * (HIDDEN // PER) + at, 8 // PER), codes, mask=_below(at, HIDDEN // PER, ALL // PER))
+
+
+@triton.jit
+def _joined(parts):
+    """Tensors (n,) one after the other, the last of them more than once if they are not a power of two."""
+    for _ in tl.static_range(7):
+        if len(parts) > 1:
+            pairs = ()
+            for i in tl.static_range(0, len(parts), 2):
+                pair = tl.join(parts[i], parts[i + 1 if i + 1 < len(parts) else i])
+                pairs = pairs + (tl.reshape(tl.permute(pair, (1, 0)), (2 * pair.shape[0],)),)  # type: ignore[assignment]  # noqa: RUF005
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def _store_factors(factors, scales, row, HIDDEN: tl.constexpr, FMT: tl.constexpr):
+    """Write a row's scales, of all its pieces, at once: a wire takes whole lines, or several times the time."""
+    if FMT == "fp8_token":
+        tl.store(scales + row, factors[0])
+    elif FMT != "fp8_tensor" and FMT != "bf16":
+        SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16
+        COLUMNS: tl.constexpr = (HIDDEN + SIZE - 1) // SIZE
+        whole = _joined(factors)
+        at = tl.arange(0, whole.shape[0])
+        tl.store(scales + row * COLUMNS + at, whole, mask=_below(at, COLUMNS, whole.shape[0]))
 
 
 @triton.jit(do_not_specialize=["rows", "scale", "share"])
@@ -191,7 +204,7 @@ def route_quantize_pack(
     x, logits, bias, parameter, records, rows, scale, share, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr,
     FMT: tl.constexpr, RECORD: tl.constexpr, SCALES_AT: tl.constexpr, WEIGHTS_AT: tl.constexpr, K: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
 ):
     """Records (rows, RECORD) of x (rows, HIDDEN) and its logits (rows, EXPERTS).
 
@@ -205,8 +218,11 @@ def route_quantize_pack(
         WIDTH: tl.constexpr = 1 if EXPERTS <= 256 else 2
         to_ids = (records + WEIGHTS_AT + 4 * K).to(tl.pointer_type(tl.uint8 if WIDTH == 1 else tl.int16))
         to_weights = (records + WEIGHTS_AT).to(tl.pointer_type(tl.float32))
-        _choose(logits, bias, start, rows, scale, to_ids, to_weights, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED,
-                HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, RECORD // WIDTH, RECORD // 4)
+        ids, weights = _choose(logits, bias, start, rows, scale, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED, HAS_BIAS, EXPERTS,
+                               EXPERTS_BLOCK, TOKENS, SLOTS)
+        token, slot = start + tl.arange(0, TOKENS)[:, None], tl.arange(0, SLOTS)[None, :]
+        tl.store(to_ids + token.to(tl.int64) * (RECORD // WIDTH) + slot, ids, mask=(token < rows) & (slot < K))
+        tl.store(to_weights + token.to(tl.int64) * (RECORD // 4) + slot, weights, mask=(token < rows) & (slot < K))
     else:
         param, inverse = _given(parameter, FMT)
         start += (program % each - 1) * share
@@ -215,10 +231,13 @@ def route_quantize_pack(
             pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
             param, inverse = _own(pieces, param, inverse, FMT)
             record = records + row * RECORD
+            factors = ()
             for i in tl.static_range(len(pieces)):
                 codes, factor = _quantized_piece(pieces[i], param, inverse, FMT)
-                _store_piece(codes, factor, record.to(tl.pointer_type(codes.dtype)),
-                             (record + SCALES_AT).to(tl.pointer_type(factor.dtype)), 0, i, HIDDEN, PIECE, FMT)
+                _store_codes(codes, record.to(tl.pointer_type(codes.dtype)), 0, i, HIDDEN, PIECE, FMT)
+                factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005
+            like: tl.constexpr = factors[0].dtype  # type: ignore[misc]
+            _store_factors(factors, (record + SCALES_AT).to(tl.pointer_type(like)), 0, HIDDEN, FMT)
 
 
 # ---- dispatch ----
@@ -230,6 +249,18 @@ def _typed(address, T: tl.constexpr):
     return tl.multiple_of(address.to(tl.pointer_type(T)), 16)
 
 
+@triton.jit
+def _store_piece(codes, scale, data, scales, row, I: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, FMT: tl.constexpr):
+    """Write what `_quantized_piece` gave of the I-th piece to row `row` of the parts."""
+    ALL: tl.constexpr = (HIDDEN + PIECE - 1) // PIECE * PIECE
+    if FMT == "bf16":
+        at = I * PIECE + tl.arange(0, PIECE)
+        tl.store(data + row * HIDDEN + at, codes, mask=_below(at, HIDDEN, ALL))
+    else:
+        DATA: tl.constexpr = "fp8_tensor" if FMT == "fp8_token" and I > 0 else FMT  # a row's scale is written once
+        _store_parts(codes, scale, data, scales, row, I * PIECE, HIDDEN, ALL, DATA, False, PIECE)
+
+
 @triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns", "scale", "scales_at", "weights_at", "ids_at"])
 def route_quantize_push(
     data, flags, entered, state, last, report, half, rank, op, limit_ns,
@@ -237,14 +268,14 @@ def route_quantize_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr,
     FMT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
-    EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, CHOSEN: tl.constexpr, WAIT: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, CHOSEN: tl.constexpr, WAIT: tl.constexpr,
 ):
     """What `route_quantize_pack` makes, of every rank's rows, part by part instead of record by record, in every rank's half.
 
     x, logits      of this rank's rows, which need not be as many on each rank
     counts, starts 16 times the rows of each rank, and those before them, in the order rank, rank + 1, ... (Triton compiles a
                    kernel for each set of numbers in a tuple that are 1 or divisible by 16: these all are the latter)
-    CHOSEN         power of two, at least TOKENS * K
+    SLOTS, CHOSEN  powers of two, at least K and TOKENS * K
 
     A half has the parts of FMT, weights (rows of all ranks, K) and ids, each of all ranks' rows in rank order and contiguous, from
     bytes 0, scales_at, weights_at and ids_at on. A task is to choose for TOKENS tokens or to send one. A program signals once, when
@@ -262,8 +293,11 @@ def route_quantize_push(
         if nth == 0:
             before = (starts[0] // 16).to(tl.int64) * K
             ids, weights = _typed(data[0] + ids_at, IDS), _typed(data[0] + weights_at, tl.float32)
-            _choose(logits, bias, first, rows, scale, ids + before, weights + before, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED,
-                    HAS_BIAS, EXPERTS, EXPERTS_BLOCK, TOKENS, K, K)
+            found, share = _choose(logits, bias, first, rows, scale, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED, HAS_BIAS,
+                                   EXPERTS, EXPERTS_BLOCK, TOKENS, SLOTS)
+            token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, SLOTS)[None, :]
+            tl.store(ids + before + token * K + slot, found, mask=(token < rows) & (slot < K))
+            tl.store(weights + before + token * K + slot, share, mask=(token < rows) & (slot < K))
             tl.debug_barrier()
             at = first * K + tl.arange(0, CHOSEN)
             inside = at < tl.minimum(first + TOKENS, rows) * K
@@ -301,14 +335,15 @@ def _tile(tile, listed, starts, ends, tiles, until, columns, ROWS: tl.constexpr,
 def grouped_matmul(
     x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_parameter, EACH: tl.constexpr, EXPERTS: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr, K: tl.constexpr, FMT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, FLAT: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """out (rows, n) = each expert's rows of x (rows, K) times its own w (n, K); zero behind the last expert's.
+    """out (rows, n) = each expert's rows of x (rows, K) times its own w (n, K); zero behind the last expert's. For few rows: a
+    tile is turned, so that the tensor cores take w's columns by 64 and rows by as few as 16.
 
     x and w are descriptors, w's of (EXPERTS * n, K), by which the copy engine of a multiprocessor brings (ROWS, DEPTH) and
     (COLUMNS, DEPTH): what is behind an expert's last row or column is another's, or zero, and is not stored.
     Persistent: programs walk the same list of (expert, tile) pairs, each taking every num_programs-th, so no expert is padded
-    to another's rows; if FLAT, the next tile's first loads run while a tile is stored.
+    to another's rows.
     FMT "bf16"; "fp8_token": x_scale (rows,), w_scale (EXPERTS, n); "fp8_block", with DEPTH 128 and COLUMNS a divisor of it: x_scale
     (rows, K / 128), w_scale (EXPERTS, ceil(n / 128), K / 128), by which each 128 of K are multiplied before they are added;
     "fp8_tensor" and "nvfp4", whose x and w are bf16 codes times scales: x_parameter, one or (if EACH) one for each expert, times
@@ -320,34 +355,30 @@ def grouped_matmul(
     all_starts = tl.load(ends + listed - 1, mask=(listed > 0) & (listed < EXPERTS), other=0).to(tl.int32)
     tiles = tl.where(listed < EXPERTS, tl.cdiv(all_ends - all_starts, ROWS), 0) * columns
     until = tl.cumsum(tiles, 0)  # tiles of experts up to this one
-    count = tl.sum(tiles, 0)
     BLOCKS: tl.constexpr = (K + 127) // 128
-    for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLAT):
+    for tile in range(tl.program_id(0), tl.sum(tiles, 0), tl.num_programs(0)):
         expert, first_row, first_column, end = _tile(tile, listed, all_starts, all_ends, tiles, until, columns, ROWS, COLUMNS)
         row = first_row + tl.arange(0, ROWS)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        column = first_column + tl.arange(0, COLUMNS)
+        total = tl.zeros((COLUMNS, ROWS), tl.float32)
         x_scales = x_scale + row.to(tl.int64) * BLOCKS
         w_scales = w_scale + (expert.to(tl.int64) * tl.cdiv(n, 128) + first_column // 128) * BLOCKS
         for k in range(0, K, DEPTH):
-            a = x.load([first_row, k])
-            b = w.load([expert * n + first_column, k]).T
+            a = w.load([expert * n + first_column, k])
+            b = x.load([first_row, k]).T
             if FMT == "fp8_block":
                 sx = tl.load(x_scales + k // 128, mask=row < end, other=0.0)
-                total += tl.dot(a, b) * (sx * tl.load(w_scales + k // 128))[:, None]
+                total += tl.dot(a, b) * (sx * tl.load(w_scales + k // 128))[None, :]
             else:
                 total = tl.dot(a, b, total)
-        if FLAT:  # once more: the next tile's loads run by now, and this tile's numbers would have to be kept beside theirs
-            expert, first_row, first_column, end = _tile(tile, listed, all_starts, all_ends, tiles, until, columns, ROWS, COLUMNS)
-            row = first_row + tl.arange(0, ROWS)
-        column = first_column + tl.arange(0, COLUMNS)
         if FMT == "fp8_token":
             sx = tl.load(x_scale + row, mask=row < end, other=0.0)
             sw = tl.load(w_scale + expert.to(tl.int64) * n + column, mask=column < n, other=0.0)
-            total = total * sx[:, None] * sw[None, :]
+            total = total * sx[None, :] * sw[:, None]
         elif FMT == "fp8_tensor" or FMT == "nvfp4":
             total = total * tl.load(x_parameter + (expert if EACH else 0)) * tl.load(w_parameter + expert)
-        to = out + row[:, None].to(tl.int64) * n + column[None, :]
-        tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n)[None, :])
+        to = out + row[None, :].to(tl.int64) * n + column[:, None]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[None, :] & (column < n)[:, None])
     start = tl.max(all_ends, 0)
     zeros = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
     for own in range(tl.program_id(0), tl.cdiv(rows - start, ROWS) * columns, tl.num_programs(0)):

@@ -1,0 +1,177 @@
+"""A grouped matmul for Hopper in Gluon, whose warps have roles. Only the backend beside this file imports it, when it runs.
+
+One warp brings tiles and two warpgroups multiply, 64 rows each, at their own pace: the tensor cores work for one of them while the
+other scales and adds, stores what it made, or has no rows. Triton's own loops keep all warps in step."""
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _load(x, w, ends, a, b, full, empty, n, EXPERTS: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    """One warp: bring tiles of x and w in the order in which `_multiply` takes them."""
+    WIDTH: gl.constexpr = w.block_shape[0]
+    DEPTH: gl.constexpr = w.block_shape[1]
+    columns = gl.cdiv(n, PARTS * WIDTH)
+    tile, step = gl.program_id(0), gl.num_programs(0)
+    expert, first, start, end = 0, 0, 0, gl.load(ends).to(gl.int32)
+    i = 0
+    while expert < EXPERTS:
+        tiles = gl.cdiv(end - start, 128) * columns
+        if tile < first + tiles:
+            row = start + (tile - first) // columns * 128
+            column = expert * n + (tile - first) % columns * (PARTS * WIDTH)
+            for k in range(0, K, DEPTH):
+                stage = i % STAGES
+                ready = full.index(stage)
+                mbarrier.wait(empty.index(stage), i // STAGES & 1 ^ 1)
+                mbarrier.expect(ready, (128 + PARTS * WIDTH) * 128)
+                tma.async_copy_global_to_shared(x, [row, k], ready, a.index(2 * stage))
+                tma.async_copy_global_to_shared(x, [row + 64, k], ready, a.index(2 * stage + 1))
+                for p in gl.static_range(PARTS):
+                    tma.async_copy_global_to_shared(w, [column + p * WIDTH, k], ready, b.index(PARTS * stage + p))
+                i += 1
+            tile += step
+        else:
+            first += tiles
+            expert += 1
+            start = end
+            end = gl.load(ends + expert, mask=expert < EXPERTS, other=0).to(gl.int32)
+
+
+@gluon.jit
+def _store(total, out, row, column, end, n):
+    """Sums (64, columns), where such rows and columns are."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    values = gl.convert_layout(total.to(out.dtype.element_ty), wide)
+    row += gl.arange(0, 64, gl.SliceLayout(1, wide))
+    column += gl.arange(0, total.shape[1], gl.SliceLayout(0, wide))
+    gl.store(out + row.to(gl.int64)[:, None] * n + column[None, :], values, mask=(row < end)[:, None] & (column < n)[None, :])
+
+
+@gluon.jit
+def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH: gl.constexpr,
+              EXPERTS: gl.constexpr, K: gl.constexpr, FMT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+              HALF: gl.constexpr):
+    """A warpgroup: rows 64 * HALF to 64 * HALF + 63 of each tile."""
+    WIDTH: gl.constexpr = b.shape[1]
+    STEPS: gl.constexpr = (K + b.shape[2] - 1) // b.shape[2]
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16 if FMT == "bf16" or FMT == "nvfp4" else 32])
+    columns = gl.cdiv(n, PARTS * WIDTH)
+    blocks = gl.cdiv(n, 128)
+    tile, step = gl.program_id(0), gl.num_programs(0)
+    expert, first, start, end = 0, 0, 0, gl.load(ends).to(gl.int32)
+    part = gl.zeros((64, WIDTH), gl.float32, sums)
+    i = 0
+    while expert < EXPERTS:
+        tiles = gl.cdiv(end - start, 128) * columns
+        if tile < first + tiles:
+            first_row = start + (tile - first) // columns * 128 + HALF * 64
+            first_column = (tile - first) % columns * (PARTS * WIDTH)
+            row = first_row + gl.arange(0, 64, gl.SliceLayout(1, sums))
+            total = gl.zeros((64, WIDTH), gl.float32, sums)
+            if first_row >= end:
+                for _ in range(STEPS):
+                    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
+                    mbarrier.arrive(empty.index(i % STAGES))
+                    i += 1
+            elif FMT == "fp8_block":
+                second = gl.zeros((64, WIDTH), gl.float32, sums)
+                of_x = x_scale + row.to(gl.int64) * STEPS
+                of_w = w_scale + (expert * blocks + first_column // 128) * STEPS
+                after = gl.where(first_column // 128 + 1 < blocks, STEPS, 0)  # to the second part's; there may be none
+                sx, sw, sw_2 = gl.load(of_x, mask=row < end, other=0.0), gl.load(of_w), gl.load(of_w + after)
+                for k in range(STEPS):
+                    s, s_2 = sx * sw, sx * sw_2
+                    more = k + 1 < STEPS  # they are under way while these are used
+                    sx = gl.load(of_x + k + 1, mask=(row < end) & more, other=0.0)
+                    sw = gl.load(of_w + k + 1, mask=more, other=0.0)
+                    sw_2 = gl.load(of_w + after + k + 1, mask=more, other=0.0)
+                    stage = i % STAGES
+                    mbarrier.wait(full.index(stage), i // STAGES & 1)
+                    mine, theirs = a.index(2 * stage + HALF), b.index(PARTS * stage).permute((1, 0))
+                    part = warpgroup_mma_wait(0, (warpgroup_mma(mine, theirs, part, use_acc=False, is_async=True),))
+                    if PARTS == 2:
+                        total = gl.fma(part, s[:, None], total)
+                        theirs = b.index(PARTS * stage + 1).permute((1, 0))
+                        part = warpgroup_mma_wait(0, (warpgroup_mma(mine, theirs, part, use_acc=False, is_async=True),))
+                    mbarrier.arrive(empty.index(stage))
+                    if PARTS == 2:
+                        second = gl.fma(part, s_2[:, None], second)
+                    else:
+                        total = gl.fma(part, s[:, None], total)
+                    i += 1
+                _store(total, out, first_row, first_column, end, n)
+                if PARTS == 2:
+                    _store(second, out, first_row, first_column + WIDTH, end, n)
+            else:
+                for k in range(STEPS):
+                    stage = i % STAGES
+                    mbarrier.wait(full.index(stage), i // STAGES & 1)
+                    theirs = b.index(stage).permute((1, 0))
+                    total = warpgroup_mma(a.index(2 * stage + HALF), theirs, total, is_async=True)
+                    total = warpgroup_mma_wait(1, (total,))
+                    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=k > 0)
+                    i += 1
+                total = warpgroup_mma_wait(0, (total,))
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES))
+                if FMT == "fp8_token":
+                    column = first_column + gl.arange(0, WIDTH, gl.SliceLayout(0, sums))
+                    sx = gl.load(x_scale + row, mask=row < end, other=0.0)
+                    sw = gl.load(w_scale + expert * n + column, mask=column < n, other=0.0)
+                    total = total * sx[:, None] * sw[None, :]
+                elif FMT == "fp8_tensor" or FMT == "nvfp4":
+                    total = total * gl.load(x_parameter + (expert if EACH else 0)) * gl.load(w_parameter + expert)
+                _store(total, out, first_row, first_column, end, n)
+            tile += step
+        else:
+            first += tiles
+            expert += 1
+            start = end
+            end = gl.load(ends + expert, mask=expert < EXPERTS, other=0).to(gl.int32)
+
+
+@gluon.jit
+def _zero(out, start, rows, n):
+    """Rows from `start` on."""
+    wide: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    zeros = gl.zeros((1024,), out.dtype.element_ty, wide)
+    at = gl.program_id(0).to(gl.int64) * 1024 + gl.arange(0, 1024, wide)
+    for i in range(gl.cdiv((rows - start).to(gl.int64) * n, 1024 * gl.num_programs(0))):
+        place = start.to(gl.int64) * n + i * (1024 * gl.num_programs(0)) + at
+        gl.store(out + place, zeros, mask=place < rows.to(gl.int64) * n)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def grouped_matmul(x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_parameter, EACH: gl.constexpr, EXPERTS: gl.constexpr,
+                   K: gl.constexpr, FMT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    """What `moe_kernels.grouped_matmul` makes of the same arguments, by four warps, to which it adds others.
+
+    Tiles have 128 rows and PARTS times w's descriptor's columns. x's descriptor brings 64 rows, both 128 bytes of k. "fp8_block"
+    has 128 columns in a part and one or two parts, others one part.
+    """
+    a = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 64, x.block_shape[1]], x.layout)
+    b = gl.allocate_shared_memory(w.dtype, [PARTS * STAGES, w.block_shape[0], w.block_shape[1]], w.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)  # both warpgroups have multiplied it
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize([
+        (_multiply, (a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH, EXPERTS, K, FMT, PARTS,
+                     STAGES, 0)),
+        (_multiply, (a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH, EXPERTS, K, FMT, PARTS,
+                     STAGES, 1)),
+        (_load, (x, w, ends, a, b, full, empty, n, EXPERTS, K, PARTS, STAGES)),
+    ], [4, 1], [232, 40])
+    _zero(out, gl.load(ends + EXPERTS - 1).to(gl.int32), rows, n)
