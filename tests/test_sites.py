@@ -54,7 +54,7 @@ def reports(found: Capture, size: int = 12) -> tuple[Report, Report]:
 
 
 LOGITS_STAY = "all_gather stays: it feeds permute of shape ({}), not a matmul"
-HEAD_READS_ROWS = "into matmul_reduce_scatter; all_gather stays: it feeds slice of shape (1, 1, 256), not a matmul"
+HEAD_READS_ROWS = "into matmul_reduce_scatter; all_gather stays: it feeds slice of shape (1, 256), not a matmul"
 EMBEDDING = "into all_gather_matmul; reduce_scatter stays: its input is masked_fill of shape (12, 256), not a matmul: " \
             "there is nothing to hide it behind"
 BOTH = "into all_gather_matmul; into matmul_reduce_scatter"
@@ -86,7 +86,7 @@ def test_every_site_but_the_head(group, family, fmt):
                 assert why[m] == (DYNAMIC if waits and not last else "into all_reduce_norm_quant"), m
         assert {s.what for s in r.sites[:-1]} == {"all_reduce"} and r.sites[-1].what == "all_gather"
     assert found.unfused.sent(12)[0] == report(found, 12, found.unfused).sent_after == r.sent_before
-    assert (r.sent_after < r.sent_before) == (fmt is not None)
+    assert r.sent_after < r.sent_before  # in bf16, too: behind the last layer one row is gathered for the head
 
 
 def test_logits_of_all_tokens(group):

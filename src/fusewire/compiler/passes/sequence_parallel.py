@@ -5,13 +5,14 @@ gather sinks below `quantize` too. The graph is right after every single rewrite
 """
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from ... import compat
 from ...op import op_of
 from ...ops.collectives import all_gather, all_reduce, all_reduce_max, nbytes, reduce_scatter, shard, world_size
 from ...ops.dense import amax, linear, quantize, relayout
-from ..rewrite import Verdict, arg, call, describe, fused, missed, outputs, producer, replace, rule, sites_of, users, val
+from ..rewrite import Verdict, arg, call, describe, fused, is_aten, missed, outputs, producer, replace, rule, sites_of, users, val
 from ..tokens import local_args, same_on_all_ranks, token_args
 
 
@@ -104,4 +105,29 @@ def sink_all_gather(n: fx.Node) -> Verdict | None:
     return fused(o.name if o else n.target._opname)
 
 
-rules = [split_all_reduce, sink_all_gather, sink_below_amax]
+TO_THE_END = 2**63 - 1  # as aten says it
+
+
+@rule(lambda n: is_aten(n, "slice"))
+def sink_below_last_tokens(n: fx.Node) -> Verdict | None:
+    """The last k of all tokens are the last rank's own last k: each rank sends its own, where only a prompt's end is read."""
+    x, dim, start, end, step = *n.args, *(0, None, None, 1)[len(n.args) - 1:]
+    one_sequence = is_aten(x, "view", "reshape", "_unsafe_view") and compat.known_true(val(x).shape[0] == 1)
+    rows = x.args[0] if one_sequence else x
+    gather = _gather_of(rows)
+    if gather is None or dim != int(one_sequence) or not isinstance(start, int) or start >= 0 or (end, step) != (TO_THE_END, 1):
+        return None
+    [local], group = gather.args
+    if val(n).shape[1 + dim:] != val(local).shape[1:] or not compat.known_true(val(local).shape[0] >= -start):
+        return None
+    if len(rows.users) > 1 or len(x.users) > 1:
+        return None  # all tokens are gathered for somebody else anyway
+    graph, last = n.graph, torch.ops.aten.slice.Tensor
+    with graph.inserting_before(n):
+        [full] = call(graph, all_gather, [call(graph, last, local, 0, start, TO_THE_END)], group, sites=sites_of(gather))
+        mine = call(graph, last, full, 0, start, TO_THE_END)
+        replace(n, call(graph, torch.ops.aten.reshape.default, mine, list(val(n).shape)))
+    return fused(all_gather)
+
+
+rules = [split_all_reduce, sink_all_gather, sink_below_amax, sink_below_last_tokens]
