@@ -41,20 +41,24 @@ class Turn:
             self.at, self.parity = 0, self.parity ^ 1
 
 
-def tiles_of(rank: int, world: int, program: int, programs: int, each: int, turns: bool) -> list[tuple[int, int]]:
-    """(shard, tile) of a program, as `tile_at` orders them; tests/test_gemm.py looks at that itself."""
-    peers, step = world - 1, programs
-    ahead = min((2 - turns) * step // peers + 1, each)
+def tiles_of(rank: int, world: int, cluster: int, step: int, each: int, ahead: int, run: bool) -> list[tuple[int, int]]:
+    """(shard, tile) of a cluster of programs, as `tile_at` orders them; tests/test_gemm.py looks at that itself."""
+    peers = world - 1
+    first, length = min(ahead * step // peers + 1, each), max(step // peers, 1) if run else 1
     others = [((rank + 1 + u % peers) % world, u // peers) for u in range(peers * each)]
-    own = [(rank, k) for k in range(each)]
-    mixed = [[own[g], *others[(ahead + g) * peers:(ahead + g + 1) * peers]] for g in range(each - ahead)]
-    return [*others[:ahead * peers], *itertools.chain(*mixed), *own[each - ahead:]][program::programs]
+    order = others[:first * peers]
+    for g in range(0, each - first, length):
+        end = min(g + length, each - first)
+        order += [(rank, k) for k in range(g, end)] + others[(first + g) * peers:(first + end) * peers]
+    return [*order, *((rank, k) for k in range(each - first, each))][cluster::step]
 
 
-def program(rank: int, world: int, tiles: list, turns: bool, pieces: int, ring: int, skips: bool, flags: set, rnd: random.Random,
-            wrong: list) -> list:
-    """The warps of one program, as generators. skips: warp 3 does not tell of a buffer into which it brings nothing, and the
-    warpgroup, which counts what it brings by itself, asks whether the buffer is free: the plant."""
+def program(me: int, rank: int, world: int, tiles: list, turns: bool, pieces: int, ring: int, skips: bool, flags: set,
+            rnd: random.Random, wrong: list, began: list[list[int]]) -> list:
+    """The warps of one of the two programs of a cluster, as generators. began: tiles that each program's warpgroups have begun;
+    none ends one that the other program has not begun, because stages of the pipeline are filled for both at once. skips: warp 3
+    does not tell of a buffer into which it brings nothing, and the warpgroup, which counts what it brings by itself, asks whether
+    the buffer is free: the plant."""
     free, came, made = ([[Barrier() for _ in range(ring)] for _ in range(2)] for _ in range(3))
     holds: list[list] = [[None] * ring for _ in range(2)]
     blocks, multiplied = 2 if turns else 1, [0, 0]
@@ -67,6 +71,9 @@ def program(rank: int, world: int, tiles: list, turns: bool, pieces: int, ring: 
         turn, brought = Turn(ring), [0] * ring
         for j, shard, _ in of(wg):
             while (sum(multiplied) < j) if turns else (multiplied[1 - wg] < j):  # the stages of a tile before
+                yield
+            began[me][wg] += 1
+            while min(map(sum if turns else min, began)) <= j:
                 yield
             for _ in range(rnd.randrange(8)):
                 yield
@@ -101,7 +108,7 @@ def program(rank: int, world: int, tiles: list, turns: bool, pieces: int, ring: 
                     free[wg][turn.at].arrive()
                     turn.next()
             if shard != rank:
-                flags.update((shard, rank, tile, block) for block in (range(2) if turns else [wg]))
+                flags.add((shard, rank, me, tile, 0 if turns else wg))
 
     def brings():
         turn = [Turn(ring), Turn(ring)]
@@ -111,7 +118,7 @@ def program(rank: int, world: int, tiles: list, turns: bool, pieces: int, ring: 
                     at = turn[wg].at
                     yield from free[wg][at].wait(turn[wg].parity ^ 1)
                     if source is not None:
-                        while (rank, source, tile, piece // pieces if turns else wg) not in flags:
+                        while piece == 0 and (rank, source, me, tile, 0 if turns else wg) not in flags:
                             yield
                         holds[wg][at] = (j, piece, source)
                     if source is not None or not skips:
@@ -122,10 +129,13 @@ def program(rank: int, world: int, tiles: list, turns: bool, pieces: int, ring: 
 
 
 def simulate(seed: int, world: int, turns: bool, pieces: int, ring: int, skips: bool = False) -> str:
-    rnd, flags, wrong = random.Random(seed), set(), []
-    programs, each = rnd.choice([2, 3]), rnd.choice([3, 7, 12])
-    warps = [(rnd.choice([1, 1, 4, 30]), warp) for rank in range(world) for p in range(programs) for warp in program(
-        rank, world, tiles_of(rank, world, p, programs, each, turns), turns, pieces, ring, skips, flags, rnd, wrong)]
+    rnd, flags, wrong, warps = random.Random(seed), set(), [], []
+    step, each, ahead, run = rnd.choice([2, 3]), rnd.choice([3, 7, 12]), rnd.choice([1, 2, 99]), rnd.random() < 0.5
+    for rank, cluster in itertools.product(range(world), range(step)):
+        tiles, began = tiles_of(rank, world, cluster, step, each, ahead, run), [[0, 0], [0, 0]]
+        for me in range(2):
+            warps += [(rnd.choice([1, 1, 4, 30]), warp) for warp in program(
+                me, rank, world, tiles, turns, pieces, ring, skips, flags, rnd, wrong, began)]
     seen, quiet = -1, 0
     while warps and not wrong and quiet < QUIET:
         rnd.shuffle(warps)

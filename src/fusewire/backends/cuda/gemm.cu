@@ -13,11 +13,15 @@
 //   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
 //   GATHER, REDUCE  all_gather_matmul, matmul_reduce_scatter; neither: a plain product
 //   BUFFERS    of 4 KiB, through which GATHER sends
+//   AHEAD      REDUCE: how many times as many of the others' tiles as are under way at once come before a rank's own, and
+//   RUN        1: then its own and the others' alternate by as many as are under way at once; 0: one by one
+//   REGISTERS  of a thread that multiplies
 //   mma(acc, a, b, add)  one wgmma of 64 x BN x 32 bytes, onto acc if `add`
 //
 // Roles, by warpgroup: 0 moves (warp 0: tiles of x and w come; warps 1 and 2: what warpgroups 1 and 2 made goes; warp 3 begins
 // the transfer, then GATHER: this rank's rows go, REDUCE: the peers' partial sums come); 1 and 2 multiply: rows 0-63 and 64-127
-// of a tile, or with TURNS all of every second tile. Rows of different ranks never share a tile.
+// of a tile, or with TURNS all of every second tile. Rows of different ranks never share a tile. Warp 0 does nothing else: what
+// holds up its loads for longer than the pipeline is deep holds up everyone.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -26,14 +30,18 @@
 constexpr int MAX_WORLD = 8, MAX_WEIGHTS = 4;
 constexpr int BM = 128;         // rows of a tile, in blocks of 64: what wgmma multiplies
 constexpr int BLOCKS = TURNS ? 2 : 1;     // of a tile, that a warpgroup multiplies
+constexpr int MOVER_REGISTERS = 168 * 3 - REGISTERS * 2;  // of the others; the kernel starts with 168 for each of 384 threads
 constexpr int ROW = 128;        // bytes of k in a tile: what a 128-byte swizzle spans
 constexpr int BK = FP8 ? ROW : ROW / 2;
 constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PIECE = BN % 64 ? 32 : 64;  // columns that a warpgroup stores at once
+constexpr int PIECE = BN % 64 || (TURNS && BN > 128) ? 32 : 64;  // columns that a warpgroup stores at once; more need registers
 constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2, UNITS = PIECE / 8;  // units of 16 bytes in a row of a piece
 constexpr int BUFFER = 4096;    // bytes
-constexpr int BARRIERS = 2 * STAGES + 6 * RING + BUFFERS + 4;  // and room for the epoch
-constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * RING * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS;
+constexpr int COLUMNS_EACH = (BN + 127) / 128;  // of a tile, whose scales a thread loads
+constexpr int BARRIERS = 2 * STAGES + 6 * RING + BUFFERS + 5;  // and room for the epoch, and for how many tiles have come
+constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * RING * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS
+    + 2 * BN * 4;  // scales of the columns, for each warpgroup
+constexpr int TILE_FLAGS = TURNS ? 1 : 2;  // one for each warp that sends a part of a tile
 constexpr int GROUP = 8;        // tiles of rows (of CLUSTER * BM) that take turns before the next columns: for the L2 cache
 constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a report and end the process
 
@@ -52,8 +60,8 @@ struct Params {
     const char* rows;                  //   from here, `stride` bytes apart
     int64_t stride;
     int row_bytes;
-    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: 2 for each tile, by block
-    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: [2 * (source * tiles of a shard + tile) + block]
+    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: TILE_FLAGS for each tile
+    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: [TILE_FLAGS * (source * tiles of a shard + tile)]
     const int* epoch;
     int *entered_to[MAX_WORLD], *last; // what begins a transfer, see triton/transfer.py
     unsigned long long* state;
@@ -90,6 +98,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
 __device__ __forceinline__ int load_acquire(const int* flag) {
     int v;
     asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+    return v;
+}
+// What may be written while this kernel runs: not from the L1 cache.
+__device__ __forceinline__ float load_late(const float* from) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
     return v;
 }
 __device__ __forceinline__ uint64_t now_ns() {
@@ -222,19 +236,19 @@ struct Tile { int shard, row, weight, column, index; };  // row: of the shard, t
 __device__ __forceinline__ int tiles_of_rows(const Params& p) { return (p.m + BM * CLUSTER - 1) / (BM * CLUSTER); }
 
 // Tile t of all, of tm * tn for each shard, of which `step` are under way at once. A plain product and GATHER: this rank's own
-// first, while the others' rows fly. REDUCE: its own in the order in which the peers send their part of them, but later, by all
-// that are under way at once (twice, where a tile's end holds up its warpgroup), and the others' between them, so that there is
-// something to send from the start to near the end.
+// first, while the others' rows fly. REDUCE: its own in the order in which the peers send their part of them, but later, and the
+// others' between them, so that there is something to send from the start to near the end.
 __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, int step, int program) {
     const int each = tm * tn, peers = p.world - 1;
     int s = t / each, r = t % each;
     if (REDUCE && peers) {
-        const int ahead = min((2 - TURNS) * step / peers + 1, each), turn = t - ahead * peers;
-        const int turns = each - ahead;  // of one own, then each peer's
+        const int ahead = min(AHEAD * step / peers + 1, each), turn = t - ahead * peers;
+        const int turns = each - ahead, run = RUN ? max(step / peers, 1) : 1;  // of so many own, then as many of each peer's
+        const int before = turn / (run * p.world) * run, most = min(run, turns - before), in = turn - before * p.world;
         int u = turn < 0 ? t : -1;       // which of the others'
-        if (turn >= turns * p.world) r = turns + turn - turns * p.world;
-        else if (turn >= 0 && turn % p.world == 0) r = turn / p.world;
-        else if (turn >= 0) u = ahead * peers + turn / p.world * peers + turn % p.world - 1;
+        if (turn >= turns * p.world) r = turn - turns * peers;
+        else if (turn >= 0 && in < most) r = before + in;
+        else if (turn >= 0) u = (ahead + before) * peers + in - most;
         s = u < 0 ? 0 : 1 + u % peers;
         if (u >= 0) r = u / peers;
     }
@@ -250,6 +264,27 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, 
     tile.column = pn * BN;
     return tile;
 }
+
+// The tiles of a warp, every `apart`-th from t on. It looks 32 of them up at once, each lane one: a dozen divisions between a
+// tile's loads and the next one's would hold them up.
+struct Tiles {
+    const Params& p;
+    int t, apart, tm, tn, step, program, i;
+    Tile found;
+
+    __device__ __forceinline__ Tiles(const Params& p, int t, int apart, int tm, int tn, int step, int program)
+        : p(p), t(t), apart(apart), tm(tm), tn(tn), step(step), program(program), i(0) {}
+
+    __device__ __forceinline__ bool next(Tile& tile) {  // by all lanes
+        if (t >= p.world * tm * tn) return false;
+        if (i == 0) found = tile_at(p, t + threadIdx.x % 32 * apart, tm, tn, step, program);
+        tile.shard = __shfl_sync(~0u, found.shard, i), tile.row = __shfl_sync(~0u, found.row, i);
+        tile.weight = REDUCE ? 0 : __shfl_sync(~0u, found.weight, i), tile.column = __shfl_sync(~0u, found.column, i);
+        tile.index = REDUCE ? __shfl_sync(~0u, found.index, i) : 0;
+        i = (i + 1) % 32, t += apart;
+        return true;
+    }
+};
 
 // Byte of (row, column) in a piece, whose rows of PIECE bf16 are swizzled in units of 16 bytes
 __device__ __forceinline__ uint32_t in_piece(int row, int unit) {
@@ -273,7 +308,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
     const uint32_t bars = buffers + BUFFERS * BUFFER;
     auto full = [&](int s) { return bars + 8 * s; };
     auto empty = [&](int s) { return bars + 8 * (STAGES + s); };
-    const uint32_t begun = bars + 8 * (BARRIERS - 2), epoch_at = begun + 8;
+    const uint32_t begun = bars + 8 * (BARRIERS - 3), epoch_at = begun + 8, arrived = epoch_at + 8;
+    const uint32_t scales = bars + 8 * BARRIERS;
     auto epoch_begun = [&]() {
         barrier_wait(begun, 0);
         int epoch;
@@ -296,37 +332,41 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
     const int tm = tiles_of_rows(p);
     int tn = 0;
     for (int w = 0; w < p.weights; w++) tn += p.n_tiles[w];
-    const int total = p.world * tm * tn, step = gridDim.x / CLUSTER;
+    const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
 
+    if (threadIdx.x == 32)
+        for (const CUtensorMap* map : {&p.a_own, &p.a_all, &p.b[0], &p.c[0]})
+            asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) barrier_init(full(s), 1), barrier_init(empty(s), (TURNS ? 1 : 2) * CLUSTER);
         for (int i = 0; i < 6 * RING; i++) barrier_init(rings + 8 * i, 1);
         for (int i = 0; i < BUFFERS; i++) barrier_init(sent + 8 * i, 1);
         for (int wg = 0; wg < 2; wg++) barrier_init(go + 8 * wg, 1);
         barrier_init(begun, 1);
+        asm volatile("st.shared.b32 [%0], 0;" :: "r"(arrived) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
     else __syncthreads();
 
     if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(MOVER_REGISTERS));
+        const bool half = TURNS && (warp == 1 || warp == 2);  // of the tiles: its warpgroup's
+        Tiles tiles(p, first + (half && warp == 2 ? step : 0), half ? 2 * step : step, tm, tn, step, program);
+        Tile tile;
         if (warp == 0) {
-            int epoch = 0;
-            int stage = 0;
+            int stage = 0, gated = 0;
             uint32_t parity = 1;  // the first wait for a fresh stage passes
-            for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
-                const Tile tile = tile_at(p, t, tm, tn, step, program);
+            while (tiles.next(tile)) {
                 const bool own = !REDUCE && tile.shard == p.rank;
-                if (GATHER && p.gate && !own) {
-                    if (epoch == 0) epoch = p.begins ? epoch_begun() : *p.epoch;
-                    const int units = (p.m + p.unit - 1) / p.unit, end = min(units, (tile.row + BM) / p.unit);
-                    for (int unit = tile.row / p.unit + lane; unit < end; unit += 32)
-                        wait_flag(p, p.flags + tile.shard * units + unit, epoch, tile.shard, unit);
-                    __syncwarp();
-                }
                 if (lane == 0) {
-                    if (GATHER && !own) asm volatile("fence.proxy.async.global;" ::: "memory");  // for what other lanes waited for
+                    if (GATHER && p.gate && !own) {
+                        int seen;  // warp 3 reports a wait that takes too long
+                        do asm volatile("ld.acquire.cta.shared.b32 %0, [%1];" : "=r"(seen) : "r"(arrived) : "memory");
+                        while (seen <= gated);
+                        gated++;
+                        asm volatile("fence.proxy.async.global;" ::: "memory");
+                    }
                     const CUtensorMap& a = own ? p.a_own : p.a_all;
                     const int shard = own ? 0 : tile.shard;
                     for (int kb = 0; kb < p.k_blocks; kb++) {
@@ -344,14 +384,12 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
         } else if (warp == 1 || warp == 2) {
             // A warpgroup that multiplies must not wait for its stores to arrive, nor for the fence before a flag.
             const int wg = warp - 1, epoch = REDUCE ? epoch_begun() : 0;  // not before the peers' halves are free
-            int buffer = 0, turn = 0, before = -1;  // before: the buffer whose store is under way beside the newest
+            int buffer = 0, before = -1;  // before: the buffer whose store is under way beside the newest
             uint32_t parity = 0;
             auto next = [&]() {
                 if (++buffer == RING) buffer = 0, parity ^= 1;
             };
-            for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
-                if (TURNS && turn++ % 2 != wg) continue;
-                const Tile tile = tile_at(p, t, tm, tn, step, program);
+            while (tiles.next(tile)) {
                 const bool away = REDUCE && tile.shard != p.rank;
                 for (int i = 0; i < BLOCKS * PIECES; i++) {
                     const int row = tile.row + (TURNS ? i / PIECES : wg) * 64, column = tile.column + i % PIECES * PIECE;
@@ -362,13 +400,21 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         next();
                     }
                     barrier_wait(made(wg, buffer), parity);
+                    __syncwarp();  // no lane may miss a phase
                     const uint32_t from = buffer_at(wg, buffer);
                     if (away) {
                         const int n = p.n[0], unit = lane % UNITS, rows = min(64, p.m - row);
                         char* to = p.partial_to[tile.shard] + ((int64_t)row * n + column + unit * 8) * 2;
-                        #pragma unroll 4
-                        for (int r = lane / UNITS; r < rows; r += 32 / UNITS)
-                            if (column + unit * 8 < n) store_global(to + (int64_t)r * n * 2, load_shared(from + in_piece(r, unit)));
+                        constexpr int APART = 32 / UNITS;  // rows that the warp stores at once; four times that are loaded before
+                        for (int r = lane / UNITS; r < rows; r += 4 * APART) {
+                            uint4 v[4];
+                            #pragma unroll
+                            for (int j = 0; j < 4; j++) v[j] = load_shared(from + in_piece(r + j * APART, unit));
+                            #pragma unroll
+                            for (int j = 0; j < 4; j++)
+                                if (r + j * APART < rows && column + unit * 8 < n)
+                                    store_global(to + (int64_t)(r + j * APART) * n * 2, v[j]);
+                        }
                         __syncwarp();
                         if (lane == 0) barrier_arrive(free_(wg, buffer));
                     } else if (lane == 0) {
@@ -382,41 +428,48 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         before = more ? buffer : -1;
                         if (!more) barrier_arrive(free_(wg, buffer));
                     }
-                    __syncwarp();  // no lane may miss a phase
                     next();
                 }
-                if (away && lane == 0)
-                    for (int block = TURNS ? 0 : wg; block <= (TURNS ? 1 : wg); block++)
-                        set_flag(p.flags_to[tile.shard] + 2 * tile.index + block, epoch);
+                if (away && lane == 0) set_flag(p.flags_to[tile.shard] + TILE_FLAGS * tile.index + (TURNS ? 0 : wg), epoch);
                 __syncwarp();
             }
-        } else if ((REDUCE || (GATHER && p.begins)) && warp == 3) {
+        } else if ((REDUCE || GATHER) && warp == 3) {
             int epoch = 0;
-            if (lane == 0) {
+            if (lane == 0 && !p.begins) epoch = *p.epoch;
+            if (lane == 0 && p.begins) {
                 epoch = begin(p);
                 asm volatile("st.shared.b32 [%0], %1;" :: "r"(epoch_at), "r"(epoch) : "memory");
                 barrier_arrive(begun);
             }
+            epoch = __shfl_sync(~0u, epoch, 0);
 #if GATHER
-            __syncwarp();
-            send(p, buffers, sent, epoch, lane);
+            if (p.begins) send(p, buffers, sent, epoch, lane);
+            const int units = (p.m + p.unit - 1) / p.unit;
+            for (int gated = 0; p.gate && tiles.next(tile);) {
+                if (tile.shard == p.rank) continue;
+                const int end = min(units, (tile.row + BM) / p.unit);
+                for (int unit = tile.row / p.unit + lane; unit < end; unit += 32)
+                    wait_flag(p, p.flags + tile.shard * units + unit, epoch, tile.shard, unit);
+                __syncwarp();
+                gated++;
+                if (lane == 0) asm volatile("st.release.cta.shared.b32 [%0], %1;" :: "r"(arrived), "r"(gated) : "memory");
+            }
 #endif
             int buffer[2] = {}, turn = 0;  // of each warpgroup
             uint32_t parity[2] = {1, 1};
-            for (int t = blockIdx.x / CLUSTER; REDUCE && lane == 0 && t < total; t += step) {
+            while (REDUCE && tiles.next(tile)) {
                 const int whose = TURNS ? turn++ % 2 : 0;
-                const Tile tile = tile_at(p, t, tm, tn, step, program);
                 const int peers = tile.shard == p.rank ? p.world - 1 : 1;
-                for (int use = 0; use < BLOCKS * PIECES * peers; use++) {
+                for (int use = 0; lane == 0 && use < BLOCKS * PIECES * peers; use++) {
                     const int i = use / peers, peer = use % peers, source = peer + (peer >= p.rank);
                     for (int wg = whose; wg <= (TURNS ? whose : 1); wg++) {
                         const int block = TURNS ? i / PIECES : wg;
                         const uint32_t bar = came(wg, buffer[wg]);
                         barrier_wait(free_(wg, buffer[wg]), parity[wg]);
                         if (tile.shard == p.rank) {
-                            if (i % PIECES == 0)
-                                wait_flag(p, p.flags + 2 * (source * tm * tn * CLUSTER + tile.index) + block, epoch, source,
-                                          tile.index);
+                            if (i == 0)
+                                wait_flag(p, p.flags + TILE_FLAGS * (source * tm * tn * CLUSTER + tile.index) + (TURNS ? 0 : wg),
+                                          epoch, source, tile.index);
                             barrier_expect(bar, PIECE_BYTES);
                             load_tile(buffer_at(wg, buffer[wg]), p.partial, bar, tile.column + i % PIECES * PIECE,
                                       tile.row + block * 64, source);
@@ -426,30 +479,46 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         if (++buffer[wg] == RING) buffer[wg] = 0, parity[wg] ^= 1;
                     }
                 }
+                __syncwarp();
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
         const int wg = warp / 4 - 1;
-        const bool elected = threadIdx.x % 128 == 0;
+        const int me = threadIdx.x % 128;
+        const bool elected = me == 0;
         const int own_row = warp % 4 * 16 + lane / 4;  // and that + 8, of a block's 64
-        int stage = 0, buffer = 0, turn = 0;
+        int stage = 0, buffer = 0;
+        uint32_t here = buffer_at(wg, 0) + in_piece(own_row, 0) + lane % 4 * 4;  // this thread's part of a buffer
+        uint32_t was_free = free_(wg, 0);                                        // and the buffer's first barrier
+        const uint32_t my_scales = scales + 4 * (wg * BN);
         uint32_t parity = 0, buffer_parity = 0, go_parity = wg ^ 1;  // warpgroup 0 begins
+        auto next = [&]() {
+            here += PIECE_BYTES, was_free += 8;
+            if (++buffer == RING) buffer = 0, buffer_parity ^= 1, here -= RING * PIECE_BYTES, was_free -= 8 * RING;
+        };
         auto release = [&](int of) {
             if (of < 0 || !elected) return;
             if (CLUSTER == 1) barrier_arrive(empty(of));
             else for (int i = 0; i < CLUSTER; i++) barrier_arrive_at(empty(of), i);
         };
-        for (int t = blockIdx.x / CLUSTER; t < total; t += step) {
-            if (TURNS && turn++ % 2 != wg) {
-                stage += p.k_blocks;
-                parity ^= stage / STAGES & 1;
-                stage %= STAGES;
-                continue;
-            }
-            const Tile tile = tile_at(p, t, tm, tn, step, program);
+        auto skip = [&]() {  // the other's tile
+            stage += p.k_blocks;
+            parity ^= stage / STAGES & 1;
+            stage %= STAGES;
+        };
+        if (TURNS && wg) skip();
+        Tiles tiles(p, first + (TURNS ? wg * step : 0), (TURNS ? 2 : 1) * step, tm, tn, step, program);
+        Tile tile;
+        while (tiles.next(tile)) {
             const bool own = tile.shard == p.rank;
-            const float tensor_scale = FP8 && !p.row_scales ? __ldg(p.scale_own) * __ldg(p.scale_b[tile.weight]) : 1.f;
+            const int n = p.n[tile.weight];
+            float column_scale[COLUMNS_EACH];
+            if (FP8 && p.row_scales)
+                for (int i = 0; i < COLUMNS_EACH; i++) {
+                    const int column = tile.column + i * 128 + me;
+                    column_scale[i] = column < n ? __ldg(p.scale_b[tile.weight] + column) : 0.f;
+                }
             float acc[BLOCKS][BN / 2];
             if (PRECISE)
                 for (int h = 0; h < BLOCKS; h++)
@@ -491,7 +560,26 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                 last = PRECISE ? -1 : stage;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            if (TURNS && elected) barrier_arrive(go + 8 * (wg ^ 1));
+            if (TURNS) {
+                if (elected) barrier_arrive(go + 8 * (wg ^ 1));
+                skip();
+            }
+            const float tensor_scale = FP8 && !p.row_scales ? __ldg(p.scale_own) * __ldg(p.scale_b[tile.weight]) : 1.f;
+            float scale[BLOCKS][2];  // of rows: they come while the last products are made; a peer's came before its rows
+            for (int h = 0; h < BLOCKS; h++)
+                for (int j = 0; j < 2; j++) {
+                    const int row = tile.row + (TURNS ? h : wg) * 64 + own_row + 8 * j;
+                    scale[h][j] = tensor_scale;
+                    if (FP8 && p.row_scales && row < p.m)
+                        scale[h][j] = load_late(own && !REDUCE ? p.scale_own + row : p.scale_all + (int64_t)tile.shard * p.m + row);
+                }
+            if (FP8 && p.row_scales) {
+                for (int i = 0; i < COLUMNS_EACH; i++)
+                    if (i * 128 + me < BN)
+                        asm volatile("st.shared.f32 [%0], %1;"
+                                     :: "r"(my_scales + 4 * (i * 128 + me)), "f"(column_scale[i]) : "memory");
+                asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
+            }
             if (!PRECISE) {
                 asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
                 #pragma unroll
@@ -501,27 +589,20 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
             }
 
             // y = acc * scale(row) * scale(column) + bias
-            const int n = p.n[tile.weight];
             const __nv_bfloat16* bias = p.bias[tile.weight];
-            const float* column_scale = FP8 && p.row_scales ? p.scale_b[tile.weight] : nullptr;
             #pragma unroll
             for (int piece = 0; piece < BLOCKS * PIECES; piece++) {
-                const int h = piece / PIECES, i = piece % PIECES, row = tile.row + (TURNS ? h : wg) * 64 + own_row;
-                float scale[2] = {tensor_scale, tensor_scale};
-                if (FP8 && p.row_scales)
-                    for (int j = 0; j < 2; j++)
-                        if (row + 8 * j < p.m)  // gathered ones were written while this kernel ran: not from the L1 cache
-                            scale[j] = own && !REDUCE ? __ldg(p.scale_own + row + 8 * j)
-                                                      : __ldcg(p.scale_all + (int64_t)tile.shard * p.m + row + 8 * j);
+                const int h = piece / PIECES, i = piece % PIECES;
                 float y[PIECE / 2];
                 #pragma unroll
-                for (int j = 0; j < PIECE / 2; j++) y[j] = acc[h][i * (PIECE / 2) + j] * scale[j / 2 % 2];
+                for (int j = 0; j < PIECE / 2; j++) y[j] = acc[h][i * (PIECE / 2) + j] * scale[h][j / 2 % 2];
                 const int first = tile.column + i * PIECE + lane % 4 * 2;
-                if (column_scale != nullptr)
+                if (FP8 && p.row_scales)
                     #pragma unroll
                     for (int j = 0; j < PIECE / 8; j++) {
-                        const float2 by = first + j * 8 < n ? __ldg(reinterpret_cast<const float2*>(column_scale + first + j * 8))
-                                                            : make_float2(0.f, 0.f);
+                        float2 by;
+                        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(by.x), "=f"(by.y)
+                                     : "r"(my_scales + 4 * (i * PIECE + lane % 4 * 2 + j * 8)) : "memory");
                         y[j * 4] *= by.x, y[j * 4 + 1] *= by.y, y[j * 4 + 2] *= by.x, y[j * 4 + 3] *= by.y;
                     }
                 if (bias != nullptr)
@@ -534,43 +615,41 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                 uint32_t rounded[PIECE / 4];  // of row, row + 8, in turns
                 #pragma unroll
                 for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(y[2 * j], y[2 * j + 1]);
-                auto at = [&](int j) {
-                    return buffer_at(wg, buffer) + in_piece(own_row + 8 * (j % 2), j / 2) + lane % 4 * 4;
-                };
-                auto next = [&]() {
-                    if (++buffer == RING) buffer = 0, buffer_parity ^= 1;
+                auto at = [&](int j) {  // the swizzle touches other bits than rows and buffers do
+                    return (here ^ j / 2 << 4) + j % 2 * (8 * PIECE * 2);
                 };
                 if (REDUCE && own) {  // the ranks' partial sums, each rounded as it was sent, in rank order
                     float sum[PIECE / 2];
+                    #pragma unroll
+                    for (int j = 0; j < PIECE / 2; j++) sum[j] = -0.f;  // which leaves the first term as it is
                     for (int source = 0, peer = 0; source < p.world; source++) {
                         const bool from_here = source == p.rank;
                         if (!from_here) {
                             if (peer++) {  // all have read what came before
                                 asm volatile("bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
-                                if (elected) barrier_arrive(made(wg, buffer));
+                                if (elected) barrier_arrive(was_free + 8 * 4 * RING);
                                 next();
                             }
-                            barrier_wait(came(wg, buffer), buffer_parity);
+                            barrier_wait(was_free + 8 * 2 * RING, buffer_parity);
                         }
                         #pragma unroll
                         for (int j = 0; j < PIECE / 4; j++) {
                             uint32_t v = rounded[j];
                             if (!from_here) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at(j)));
                             const float2 term = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
-                            sum[2 * j] = source ? sum[2 * j] + term.x : term.x;
-                            sum[2 * j + 1] = source ? sum[2 * j + 1] + term.y : term.y;
+                            sum[2 * j] += term.x, sum[2 * j + 1] += term.y;
                         }
                     }
                     #pragma unroll
                     for (int j = 0; j < PIECE / 4; j++) rounded[j] = pack(sum[2 * j], sum[2 * j + 1]);
                 } else {
-                    barrier_wait(REDUCE ? came(wg, buffer) : free_(wg, buffer), buffer_parity ^ !REDUCE);
+                    barrier_wait(REDUCE ? was_free + 8 * 2 * RING : was_free, buffer_parity ^ !REDUCE);
                 }
                 #pragma unroll
                 for (int j = 0; j < PIECE / 4; j++)
                     asm volatile("st.shared.b32 [%0], %1;" :: "r"(at(j)), "r"(rounded[j]) : "memory");
                 asm volatile("fence.proxy.async.shared::cta; bar.sync %0, 128;" :: "r"(wg + 1) : "memory");
-                if (elected) barrier_arrive(made(wg, buffer));
+                if (elected) barrier_arrive(was_free + 8 * 4 * RING);
                 next();
             }
         }

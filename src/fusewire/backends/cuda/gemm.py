@@ -38,11 +38,13 @@ class Config:
     mode: str = "plain"  # or "gather", "reduce"
     precise: bool = False
     turns: bool = False
+    ahead: int = 1
+    run: bool = False
 
     def defines(self) -> dict[str, int]:
-        piece_bytes = 64 * (32 if self.columns % 64 else 64) * 2
+        piece_bytes = 64 * (32 if self.columns % 64 or (self.turns and self.columns > 128) else 64) * 2
         stage_bytes = (ROWS + self.columns) * 128
-        room = SHARED_BYTES - 2048  # but for alignment and barriers
+        room = SHARED_BYTES - 2048 - 8 * self.columns  # but for alignment, barriers and scales
         buffers = 4 if self.mode == "gather" else 0
         room -= buffers * 4096
         spare = room - (3 if self.columns == 256 else 5 if self.turns and self.columns < 192 else 4) * stage_bytes
@@ -50,13 +52,18 @@ class Config:
         stages = min(8, (room - 2 * ring * piece_bytes) // stage_bytes)
         return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "TURNS": int(self.turns), "BN": self.columns,
                 "STAGES": stages, "RING": ring, "BUFFERS": buffers, "CLUSTER": self.cluster,
-                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce")}
+                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce"), "AHEAD": self.ahead,
+                "RUN": int(self.run), "REGISTERS": 232 if self.sums > 160 else 224 if self.sums > 128 else 208}
+
+    @property
+    def sums(self) -> int:
+        """Registers of a thread in which it sums; the tensor core's own sums take as many again."""
+        return self.columns * (2 if self.turns else 1) // 2 * (2 if self.precise else 1)
 
     def possible(self) -> bool:
-        """Whether a tile's sums fit the registers, beside what else is there; the tensor core's own take as many again. Pieces of
-        32 columns would make adding the peers' partial sums slow."""
-        registers = self.columns * (2 if self.turns else 1) // 2 * (2 if self.precise else 1)
-        return (registers <= (192 if self.turns and self.mode != "reduce" else 128) and self.fp8 >= self.precise
+        """Whether a tile's sums fit the registers, beside what else is there. Pieces of 32 columns would make adding the peers'
+        partial sums slow."""
+        return (self.sums <= (192 if self.turns and self.mode != "reduce" else 128) and self.fp8 >= self.precise
                 and (self.mode != "reduce" or self.columns % 64 == 0))
 
 
@@ -101,7 +108,8 @@ def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, pr
         alone = (waves * (config.columns + over[0]) + over[1]) * k_bytes * COLUMN_BYTE_US
         return alone + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 
-    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise, turns) for columns in COLUMNS for turns in (False, True)]
+    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise, turns, 2 if mode == "reduce" and not turns else 1)
+             for columns in COLUMNS for turns in (False, True)]
     tried = [config for config in tried if config.possible()]
     return min(tried, key=us)
 
