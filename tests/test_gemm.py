@@ -6,11 +6,15 @@ import itertools
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+from fusewire.backends import device, workspace
+from fusewire.backends import matmul_reduce_scatter as scatters
 from fusewire.backends.cuda import gemm
+from fusewire.backends.transfer import Transfer
 from fusewire.errors import FusewireError
 
 CONFIGS = [config for choice in itertools.product(
@@ -49,7 +53,8 @@ def test_the_call_is_laid_out_as_in_c(tmp_path):
                     f"static_assert(sizeof(Call) == {ctypes.sizeof(gemm.Call)});\n")
     done = subprocess.run([compiler, "-std=c++17", "-fsyntax-only", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name, value in (("MAX_WORLD", gemm.MAX_WORLD), ("MAX_WEIGHTS", gemm.MAX_WEIGHTS), ("BM", gemm.ROWS)):
+    for name, value in (("MAX_WORLD", gemm.MAX_WORLD), ("MAX_WEIGHTS", gemm.MAX_WEIGHTS), ("BM", gemm.ROWS),
+                        ("TILE_FLAGS", gemm.TILE_FLAGS)):
         assert re.search(rf"\b{name} = {value}\b", text), name
 
 
@@ -61,30 +66,50 @@ ORDER = r"""
 #define __forceinline__ inline
 using std::max;
 using std::min;
-constexpr int CLUSTER = 2, BM = 128, BN = 128, GROUP = 8;
-struct Params { int m, world, rank, n_tiles[4]; };
+constexpr int BM = 128, BN = 128, GROUP = 8;
+struct Params { int m, world, rank, n_tiles[4]; const int* flags; int* flags_to[8]; };
 %s
-int main(int, char** a) {
+int main(int count, char** a) {
     Params p = {atoi(a[1]), atoi(a[2]), atoi(a[3]), {atoi(a[4])}};
     const int tm = tiles_of_rows(p), tn = p.n_tiles[0], step = atoi(a[5]);
+    if (count > 6) p.flags = (int*)atoll(a[6]);
+    for (int i = 7; i < count; i++) p.flags_to[i - 7] = (int*)atoll(a[i]);
     for (int t = 0; t < p.world * tm * tn; t++) {
-        const Tile tile = tile_at(p, t, tm, tn, step, 1);
-        printf("%%d %%d %%d %%d\n", tile.shard, tile.row, tile.column, tile.index);
+        const Tile tile = tile_at(p, t, tm, tn, step, CLUSTER - 1);
+        if (count == 6) {
+            printf("%%d %%d %%d %%d\n", tile.shard, tile.row, tile.column, tile.index);
+            continue;
+        }
+        for (int program = 0; program < CLUSTER; program++)
+            for (int wg = 0; wg < (TURNS ? 1 : 2); wg++) {
+                const Tile tile = tile_at(p, t, tm, tn, step, program);
+                if (tile.shard != p.rank) printf("set %%lld\n", (long long)flag_to(p, tile, wg));
+                else for (int source = 0; source < p.world; source++)
+                    if (source != p.rank) printf("awaited %%lld\n", (long long)flag_from(p, tile, wg, source, tm * tn * CLUSTER));
+            }
     }
 }
 """
+
+
+def order(tmp_path: Path, **defines: int) -> Path:
+    """A program of gemm.cu's order of tiles, and of their flags."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("there is no g++ here")
+    text = gemm._SOURCE.read_text()
+    order = re.search(r"^struct Tile \{.*?(?=^// The tiles of a warp)", text, re.S | re.M).group()
+    flags = re.search(r"^constexpr int TILE_FLAGS.*?$", text, re.M).group()
+    file, made = tmp_path / "order.cpp", tmp_path / "order"
+    file.write_text("".join(f"#define {name} {value}\n" for name, value in defines.items()) + ORDER % f"{flags}\n{order}")
+    subprocess.run([compiler, "-std=c++17", "-o", str(made), str(file)], check=True)
+    return made
 
 
 @pytest.mark.parametrize(("reduce", "ahead", "run"), [(0, 0, 0), (1, 1, 0), (1, 2, 0), (1, 1, 1), (1, 2, 1), (1, 1 << 20, 0)])
 def test_every_tile_is_made_once_and_in_time(tmp_path, reduce, ahead, run):
     """All ranks make the same tiles, and none waits for one that a peer makes later: then the first that waits never waits for
     ever. From the start to near the end something is on its way."""
-    if (compiler := shutil.which("g++")) is None:
-        pytest.skip("there is no g++ here")
-    text = re.search(r"^struct Tile \{.*?(?=^// The tiles of a warp)", gemm._SOURCE.read_text(), re.S | re.M).group()
-    file, made = tmp_path / "order.cpp", tmp_path / "order"
-    file.write_text(f"#define REDUCE {reduce}\n#define AHEAD {ahead}\n#define RUN {run}\n" + ORDER % text)
-    subprocess.run([compiler, "-std=c++17", "-o", str(made), str(file)], check=True)
+    made = order(tmp_path, REDUCE=reduce, AHEAD=ahead, RUN=run, TURNS=0, CLUSTER=2)
     for m, world, tn, step in itertools.product((1, 300, 2048, 5000), (1, 2, 4, 8), (1, 7, 43), (66, 132)):
         at = []
         for rank in range(world):
@@ -100,6 +125,40 @@ def test_every_tile_is_made_once_and_in_time(tmp_path, reduce, ahead, run):
                 assert all(after > 0 for after in late)
                 enough = ahead * step
                 assert world > 2 or tn * -(-m // 256) < enough + 1 or min(late) >= enough - 1, (m, world, tn, step, index, late)
+
+
+@pytest.mark.parametrize("loopback", [False, True])
+@pytest.mark.parametrize(("turns", "cluster"), [(0, 1), (0, 2), (1, 1), (1, 2)])
+def test_a_partial_sum_is_awaited_where_its_flag_is_set(tmp_path, monkeypatch, turns, cluster, loopback):
+    """What the kernel makes of the addresses that the backend gives it, on every rank: each flag is set once, waited for once,
+    and one of those that the call asked the workspace for."""
+    made, n = order(tmp_path, REDUCE=1, AHEAD=1, RUN=1, TURNS=turns, CLUSTER=cluster), 1288
+    launched, asked = [], []
+    monkeypatch.setattr(gemm, "load", lambda config: None)
+    monkeypatch.setattr(gemm, "launch", lambda config, call: launched.append(call))
+    monkeypatch.setattr(device, "processors", lambda device: 132)
+    monkeypatch.setattr(scatters, "prepare", lambda space, op, nbytes, flags: asked.append(flags) or Transfer(space, op, 1))
+    for world, m, columns in itertools.product((2, 4, 8), (1, 64, 65, 128) if cluster == 1 else (129, 511), (64, 128, 192)):
+        config = gemm.Config(False, columns, cluster, "reduce", turns=bool(turns))
+        monkeypatch.setattr(gemm, "configure", lambda *_, config=config: config)
+        found = {"set": [], "awaited": []}
+        memories = [torch.empty(1 << 21, dtype=torch.uint8) for _ in range(world)]
+        x, w = torch.empty(m * world, 64, dtype=torch.bfloat16), torch.empty(n, 64, dtype=torch.bfloat16)
+        for rank in range(1 if loopback else world):
+            space = workspace.Workspace(
+                "g", rank, world, 1 << 18, 1 << 13, 0, loopback, x.device, 1.0, (), torch.empty(2), torch.empty(8), None,
+                [memories[0]] * world if loopback else memories, torch.empty(2, 2, dtype=torch.int32), None, False)
+            monkeypatch.setattr(workspace, "of", lambda group, space=space: space)
+            scatters.epilogue([x], [], [w], None, "bf16", torch.bfloat16, "g")
+            call = launched.pop()
+            given = (m, world, rank, -(-n // columns), 7, call.flags, *call.flags_to[:world])
+            said = subprocess.run([str(made), *map(str, given)], capture_output=True, text=True, check=True).stdout
+            for line in said.splitlines():
+                found[line.split()[0]].append(int(line.split()[1]))
+        assert sorted(found["set"]) == sorted(found["awaited"]) and len(set(found["set"])) == len(found["set"])
+        assert len(found["set"]) == (1 if loopback else world) * (world - 1) * gemm.tiles(config, m, n) * (2 - turns)
+        starts = [Transfer(space, "", 1).flags(rank) for rank in range(world)]
+        assert all(any(0 <= at - start < 4 * asked[-1] for start in starts) for at in found["set"])
 
 
 def test_the_tile_wastes_no_wave():

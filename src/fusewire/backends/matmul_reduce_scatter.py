@@ -141,14 +141,14 @@ def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
     x = [gemm.rows_apart(part) for part in x]
     config = gemm.configure(x[0], [w[0]], space.world_size, "reduce")
     gemm.load(config)
-    tiles = gemm.tiles(config, rows, n)
-    t = prepare(space, "matmul_reduce_scatter", nbytes(x, params, w, bias, fmt, dtype, group), 2 * tiles * space.world_size)
+    flags = gemm.TILE_FLAGS * gemm.tiles(config, rows, n)  # of each source
+    t = prepare(space, "matmul_reduce_scatter", nbytes(x, params, w, bias, fmt, dtype, group), flags * space.world_size)
     call = gemm.call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, space.world_size, space.rank)
     call.m, call.partial = rows, t.data(space.rank)
     for owner in range(space.world_size):
         slot = t.slot(owner)
         call.c[owner] = out.data_ptr() if owner == space.rank else t.data(owner) + slot * rows * n * dtype.itemsize
-        call.flags_to[owner] = t.flags(owner) + 4 * 2 * tiles * slot
+        call.flags_to[owner] = t.flags(owner) + 4 * flags * slot
     gemm.watch(call, t)
     gemm.launch(config, call)
     return out

@@ -41,7 +41,7 @@ constexpr int COLUMNS_EACH = (BN + 127) / 128;  // of a tile, whose scales a thr
 constexpr int BARRIERS = 2 * STAGES + 6 * RING + BUFFERS + 5;  // and room for the epoch, and for how many tiles have come
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * RING * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS
     + 2 * BN * 4;  // scales of the columns, for each warpgroup
-constexpr int TILE_FLAGS = TURNS ? 1 : 2;  // one for each warp that sends a part of a tile
+constexpr int TILE_FLAGS = 2;   // REDUCE: one for each warp that sends a part of a tile; with TURNS the first is for all of it
 constexpr int GROUP = 8;        // tiles of rows (of CLUSTER * BM) that take turns before the next columns: for the L2 cache
 constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a report and end the process
 
@@ -60,8 +60,8 @@ struct Params {
     const char* rows;                  //   from here, `stride` bytes apart
     int64_t stride;
     int row_bytes;
-    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: TILE_FLAGS for each tile
-    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: [TILE_FLAGS * (source * tiles of a shard + tile)]
+    int* flags_to[MAX_WORLD];          // this source's flags on each rank; GATHER: by unit; REDUCE: see flag_to
+    const int* flags;                  // GATHER: [source * units + unit]; REDUCE: see flag_from
     const int* epoch;
     int *entered_to[MAX_WORLD], *last; // what begins a transfer, see triton/transfer.py
     unsigned long long* state;
@@ -265,6 +265,15 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, 
     return tile;
 }
 
+// REDUCE: where the warp that sends what warpgroup `wg` made of a tile sets its flag, and where it is waited for on the tile's
+// rank, if every source has so many tiles there.
+__device__ __forceinline__ int* flag_to(const Params& p, const Tile& tile, int wg) {
+    return p.flags_to[tile.shard] + TILE_FLAGS * tile.index + (TURNS ? 0 : wg);
+}
+__device__ __forceinline__ const int* flag_from(const Params& p, const Tile& tile, int wg, int source, int tiles) {
+    return p.flags + TILE_FLAGS * (source * tiles + tile.index) + (TURNS ? 0 : wg);
+}
+
 // The tiles of a warp, every `apart`-th from t on. It looks 32 of them up at once, each lane one: a dozen divisions between a
 // tile's loads and the next one's would hold them up.
 struct Tiles {
@@ -430,7 +439,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     }
                     next();
                 }
-                if (away && lane == 0) set_flag(p.flags_to[tile.shard] + TILE_FLAGS * tile.index + (TURNS ? 0 : wg), epoch);
+                if (away && lane == 0) set_flag(flag_to(p, tile, wg), epoch);
                 __syncwarp();
             }
         } else if ((REDUCE || GATHER) && warp == 3) {
@@ -468,8 +477,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                         barrier_wait(free_(wg, buffer[wg]), parity[wg]);
                         if (tile.shard == p.rank) {
                             if (i == 0)
-                                wait_flag(p, p.flags + TILE_FLAGS * (source * tm * tn * CLUSTER + tile.index) + (TURNS ? 0 : wg),
-                                          epoch, source, tile.index);
+                                wait_flag(p, flag_from(p, tile, wg, source, tm * tn * CLUSTER), epoch, source, tile.index);
                             barrier_expect(bar, PIECE_BYTES);
                             load_tile(buffer_at(wg, buffer[wg]), p.partial, bar, tile.column + i % PIECES * PIECE,
                                       tile.row + block * 64, source);

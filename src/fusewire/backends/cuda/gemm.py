@@ -23,6 +23,7 @@ from ..workspace import op_number
 MAX_WORLD, MAX_WEIGHTS = 8, 4
 ROWS = 128  # of a tile
 MOST_UNIT = 8  # rows under one flag
+TILE_FLAGS = 2  # of a partial sum
 SHARED_BYTES = 232448  # that one program can have on sm_90
 _SOURCE = Path(__file__).with_name("gemm.cu")
 _loaded: dict[Config, Callable[..., int]] = {}
