@@ -1,7 +1,7 @@
 """A grouped matmul for Hopper in Gluon, whose warps have roles. Only the backend beside this file imports it, when it runs.
 
-One warp brings tiles and two warpgroups multiply, 64 rows each, at their own pace: the tensor cores work for one of them while the
-other scales and adds, stores what it made, or has no rows. Triton's own loops keep all warps in step."""
+One warp brings tiles and two warpgroups multiply, 64 rows each, at their own pace, or block by block in turn where each is scaled
+("fp8_block"): the tensor cores work for one of them while the other scales and adds. Triton's own loops keep all warps in step."""
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -58,6 +58,17 @@ def _store(total, out, row, column, end, n):
 
 
 @gluon.jit
+def _meet(ID: gl.constexpr):
+    """Wait until the other warpgroup has called `_let` with this number of a hardware barrier; Triton's own are below 10."""
+    gl.inline_asm_elementwise("bar.sync $1, 256; mov.b32 $0, 0;", "=r,n", [ID], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _let(ID: gl.constexpr):
+    gl.inline_asm_elementwise("bar.arrive $1, 256; mov.b32 $0, 0;", "=r,n", [ID], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH: gl.constexpr,
               EXPERTS: gl.constexpr, K: gl.constexpr, FMT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
               HALF: gl.constexpr):
@@ -71,6 +82,8 @@ def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_
     expert, first, start, end = 0, 0, 0, gl.load(ends).to(gl.int32)
     part = gl.zeros((64, WIDTH), gl.float32, sums)
     i = 0
+    if FMT == "fp8_block" and HALF == 1:
+        _let(10)  # the other half is the first
     while expert < EXPERTS:
         tiles = gl.cdiv(end - start, 128) * columns
         if tile < first + tiles:
@@ -80,15 +93,24 @@ def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_
             total = gl.zeros((64, WIDTH), gl.float32, sums)
             if first_row >= end:
                 for _ in range(STEPS):
+                    if FMT == "fp8_block":
+                        _meet(10 + HALF)
+                        _let(11 - HALF)
                     mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
                     mbarrier.arrive(empty.index(i % STAGES))
                     i += 1
             elif FMT == "fp8_block":
-                second = gl.zeros((64, WIDTH), gl.float32, sums)
+                # Two of four narrow parts are in flight, one of which is scaled and added when it has come. On an H200, with 2048
+                # rows of an expert, this takes 14% less time than two parts of 128 columns, one after the other. Without turns,
+                # whose own share was not measured, a fourth stage took 1% to 2% more, x from shared memory for each part up to 4%.
                 of_x = x_scale + row.to(gl.int64) * STEPS
                 of_w = w_scale + (expert * blocks + first_column // 128) * STEPS
-                after = gl.where(first_column // 128 + 1 < blocks, STEPS, 0)  # to the second part's; there may be none
+                after = gl.where(first_column // 128 + 1 < blocks, STEPS, 0)  # to the last two parts'; there may be none
                 sx, sw, sw_2 = gl.load(of_x, mask=row < end, other=0.0), gl.load(of_w), gl.load(of_w + after)
+                second = gl.zeros((64, WIDTH), gl.float32, sums)
+                third = gl.zeros((64, WIDTH), gl.float32, sums)
+                fourth = gl.zeros((64, WIDTH), gl.float32, sums)
+                other = gl.zeros((64, WIDTH), gl.float32, sums)
                 for k in range(STEPS):
                     s, s_2 = sx * sw, sx * sw_2
                     more = k + 1 < STEPS  # they are under way while these are used
@@ -97,21 +119,27 @@ def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_
                     sw_2 = gl.load(of_w + after + k + 1, mask=more, other=0.0)
                     stage = i % STAGES
                     mbarrier.wait(full.index(stage), i // STAGES & 1)
-                    mine, theirs = a.index(2 * stage + HALF), b.index(PARTS * stage).permute((1, 0))
-                    part = warpgroup_mma_wait(0, (warpgroup_mma(mine, theirs, part, use_acc=False, is_async=True),))
-                    if PARTS == 2:
-                        total = gl.fma(part, s[:, None], total)
-                        theirs = b.index(PARTS * stage + 1).permute((1, 0))
-                        part = warpgroup_mma_wait(0, (warpgroup_mma(mine, theirs, part, use_acc=False, is_async=True),))
+                    mine = a.index(2 * stage + HALF).load(gl.DotOperandLayout(0, sums, 4))  # into registers
+                    _meet(10 + HALF)
+                    even = warpgroup_mma(mine, b.index(4 * stage).permute((1, 0)), part, use_acc=False, is_async=True)
+                    odd = warpgroup_mma(mine, b.index(4 * stage + 1).permute((1, 0)), other, use_acc=False, is_async=True)
+                    part = warpgroup_mma_wait(1, (even,))
+                    total = gl.fma(part, s[:, None], total)
+                    even = warpgroup_mma(mine, b.index(4 * stage + 2).permute((1, 0)), part, use_acc=False, is_async=True)
+                    other = warpgroup_mma_wait(1, (odd,))
+                    second = gl.fma(other, s[:, None], second)
+                    odd = warpgroup_mma(mine, b.index(4 * stage + 3).permute((1, 0)), other, use_acc=False, is_async=True)
+                    _let(11 - HALF)
+                    part = warpgroup_mma_wait(1, (even,))
+                    third = gl.fma(part, s_2[:, None], third)
+                    other = warpgroup_mma_wait(0, (odd,))
                     mbarrier.arrive(empty.index(stage))
-                    if PARTS == 2:
-                        second = gl.fma(part, s_2[:, None], second)
-                    else:
-                        total = gl.fma(part, s[:, None], total)
+                    fourth = gl.fma(other, s_2[:, None], fourth)
                     i += 1
                 _store(total, out, first_row, first_column, end, n)
-                if PARTS == 2:
-                    _store(second, out, first_row, first_column + WIDTH, end, n)
+                _store(second, out, first_row, first_column + WIDTH, end, n)
+                _store(third, out, first_row, first_column + 2 * WIDTH, end, n)
+                _store(fourth, out, first_row, first_column + 3 * WIDTH, end, n)
             else:
                 for k in range(STEPS):
                     stage = i % STAGES
@@ -156,7 +184,7 @@ def grouped_matmul(x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_pa
     """What `moe_kernels.grouped_matmul` makes of the same arguments, by four warps, to which it adds others.
 
     Tiles have 128 rows and PARTS times w's descriptor's columns. x's descriptor brings 64 rows, both 128 bytes of k. "fp8_block"
-    has 128 columns in a part and one or two parts, others one part.
+    has four parts of 64 columns, others one part.
     """
     a = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 64, x.block_shape[1]], x.layout)
     b = gl.allocate_shared_memory(w.dtype, [PARTS * STAGES, w.block_shape[0], w.block_shape[1]], w.layout)

@@ -12,7 +12,7 @@ from .. import device
 from .launch import HIDDEN, block_of, processors
 
 TOKENS = 4  # that one program chooses experts for: one for each warp
-TILE = {"bf16": (128, 1, 6), "fp8_token": (256, 1, 4), "fp8_tensor": (256, 1, 4), "fp8_block": (128, 2, 3), "nvfp4": (128, 1, 6)}
+TILE = {"bf16": (128, 1, 6), "fp8_token": (256, 1, 4), "fp8_tensor": (256, 1, 4), "fp8_block": (64, 4, 3), "nvfp4": (128, 1, 6)}
 """Format -> (columns of a part, parts, stages) of the grouped matmul's tiles, where experts have more than FEW rows."""
 LOGIT_PARTS = 8  # of a logit, added one after the other
 LOGIT_COLUMNS, FEW_LOGITS = 128, 2048  # columns of the router's tiles; rows up to which each program has one of the parts
