@@ -534,6 +534,10 @@ class Builder:
             normed, total = self.norm(x, residual)
             if end == "head":
                 normed = self.column_parallel(normed, r.choice((fmt, "bf16")))[0]
+            elif self.side.random() < 0.85:  # of the last tokens alone, as for their logits
+                self.note("last tokens")
+                last = (normed, normed.meta["val"].dim() - 2, -self.side.randint(1, 3), 2**63 - 1)
+                normed = self.call(aten.mul.Tensor, self.call(aten.slice.Tensor, *last), 2.0)
             self.outputs += [normed, total] if self.chance(0.3) else [normed]
         else:
             self.outputs.append(x if end == "reduced" else self.call(aten.add.Tensor, x, residual))

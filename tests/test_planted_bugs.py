@@ -323,7 +323,7 @@ BUGS: dict[str, tuple | list[tuple]] = {
     "moved across a write": (rewrite, "hoist", (" or _mutates_between(before, n)", "")),
     # what is said, and what is chosen
     "a fused op costs nothing": (op_module, "Meter.__torch_dispatch__", ("self.bytes +=", "self.bytes += 0 *")),
-    "a plan that adds bytes is kept": (plan, "build", ("if (grown := plan.sent(size)[0]) > allowed", "if (grown := 0)")),
+    "a plan that adds bytes is kept": (plan, "build", ("> most]:", "> most and False]:")),
     "odd sizes run sharded": (plan, "Capture.why_not_sharded", ("size % sharded.multiple or", "False and")),
     "cache key without rank": (capture, "cache_tag", ("(g := resolve(name)).rank(), g.world_size", "resolve(name).world_size")),
     "cache key without world": (capture, "cache_tag", (".rank(), g.world_size)", ".rank())")),

@@ -296,13 +296,14 @@ def ranges(config: Config, tokens: int | None) -> list[tuple[int, frozenset[str]
 
 def build(plan: Plan, found: Capture, off: frozenset[str]) -> Plan:
     """Run the plan's passes; keep them only if the wire bytes do not grow."""
-    size = 1 if plan.symbol is None else 4096 * plan.multiple
-    allowed = found.unfused.sent(size)[0]
+    # of few tokens and of many: bytes grow with them by a straight line, which need not begin at 0
+    sizes = (1,) if plan.symbol is None else (2 * plan.multiple, 4096 * plan.multiple)
+    allowed = [found.unfused.sent(size)[0] for size in sizes]
     for rules in PLANS[plan.name]:
         plan.verdicts += run(plan.gm.graph, [r for r in rules if r.name not in off], found.timings)
         timed(found.timings, "merge_equal_calls", merge_equal_calls, plan.gm.graph)
-    if (grown := plan.sent(size)[0]) > allowed:
-        plan.refused = f"its passes would send {grown} bytes instead of {allowed}"
+    if grown := [(now, most) for size, most in zip(sizes, allowed, strict=True) if (now := plan.sent(size)[0]) > most]:
+        plan.refused = "its passes would send {} bytes instead of {}".format(*grown[-1])
         plan.gm = compat.graph_module(found.unfused.gm, copy.deepcopy(found.unfused.gm.graph))
         plan.symbol, plan.multiple, plan._wire, plan.verdicts = found.unfused.symbol, 1, None, []
     plan.gm.recompile()
