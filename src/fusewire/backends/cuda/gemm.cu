@@ -13,8 +13,7 @@
 //   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
 //   GATHER, REDUCE  all_gather_matmul, matmul_reduce_scatter; neither: a plain product
 //   BUFFERS    of 4 KiB, through which GATHER sends
-//   AHEAD      REDUCE: how many times as many of the others' tiles as are under way at once come before a rank's own, and
-//   RUN        1: then its own and the others' alternate by as many as are under way at once; 0: one by one
+//   AHEAD      REDUCE: how many times as many of the others' tiles as are under way at once come before a rank's own
 //   REGISTERS  of a thread that multiplies
 //   mma(acc, a, b, add)  one wgmma of 64 x BN x 32 bytes, onto acc if `add`
 //
@@ -242,13 +241,12 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, 
     const int each = tm * tn, peers = p.world - 1;
     int s = t / each, r = t % each;
     if (REDUCE && peers) {
-        const int ahead = min(AHEAD * step / peers + 1, each), turn = t - ahead * peers;
-        const int turns = each - ahead, run = RUN ? max(step / peers, 1) : 1;  // of so many own, then as many of each peer's
-        const int before = turn / (run * p.world) * run, most = min(run, turns - before), in = turn - before * p.world;
+        const int ahead = min(AHEAD * step / peers + 1, each), turns = each - ahead;
+        const int turn = t - ahead * peers, before = turn / p.world, in = turn % p.world;  // in a turn: one own, one of each peer
         int u = turn < 0 ? t : -1;       // which of the others'
         if (turn >= turns * p.world) r = turn - turns * peers;
-        else if (turn >= 0 && in < most) r = before + in;
-        else if (turn >= 0) u = (ahead + before) * peers + in - most;
+        else if (turn >= 0 && in == 0) r = before;
+        else if (turn >= 0) u = (ahead + before) * peers + in - 1;
         s = u < 0 ? 0 : 1 + u % peers;
         if (u >= 0) r = u / peers;
     }

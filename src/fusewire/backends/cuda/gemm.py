@@ -39,8 +39,6 @@ class Config:
     mode: str = "plain"  # or "gather", "reduce"
     precise: bool = False
     turns: bool = False
-    ahead: int = 1
-    run: bool = False
 
     def defines(self) -> dict[str, int]:
         piece_bytes = 64 * (32 if self.columns % 64 or (self.turns and self.columns > 128) else 64) * 2
@@ -53,8 +51,8 @@ class Config:
         stages = min(8, (room - 2 * ring * piece_bytes) // stage_bytes)
         return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "TURNS": int(self.turns), "BN": self.columns,
                 "STAGES": stages, "RING": ring, "BUFFERS": buffers, "CLUSTER": self.cluster,
-                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce"), "AHEAD": self.ahead,
-                "RUN": int(self.run), "REGISTERS": 232 if self.sums > 160 else 224 if self.sums > 128 else 208}
+                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce"), "AHEAD": 1 if self.turns else 2,
+                "REGISTERS": 232 if self.sums > 160 else 224 if self.sums > 128 else 208}
 
     @property
     def sums(self) -> int:
@@ -109,8 +107,7 @@ def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, pr
         alone = (waves * (config.columns + over[0]) + over[1]) * k_bytes * COLUMN_BYTE_US
         return alone + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 
-    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise, turns, 2 if mode == "reduce" and not turns else 1)
-             for columns in COLUMNS for turns in (False, True)]
+    tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise, turns) for columns in COLUMNS for turns in (False, True)]
     tried = [config for config in tried if config.possible()]
     return min(tried, key=us)
 

@@ -126,21 +126,11 @@ def _leave_words(state, counted, words):
 
 
 @triton.jit
-def _wide(x):
-    """Any float, as float32."""
+def _wide(x, MOVABLE: tl.constexpr = True):
+    """Any float, as float32. Not MOVABLE: here and now; the compiler would do it where it is used, which may be behind a wait."""
     if x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
-                                         is_pure=True, pack=2)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _widened(x):
-    """`_wide`, here and now: the compiler would do it where it is used, which may be behind a wait."""
-    if x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
-                                         is_pure=False, pack=2)
+                                         is_pure=MOVABLE, pack=2)
     else:
         return x.to(tl.float32)
 
@@ -685,7 +675,7 @@ def one_shot_few(
         if HAS_RESIDUAL:
             before_all = tl.load(residual + row * RESIDUAL_STRIDE + whole, mask=whole_inside, other=0.0)
         if FMT == "fp8_token":
-            w_all = _widened(tl.load(weight + whole, mask=whole_inside, other=0.0))
+            w_all = _wide(tl.load(weight + whole, mask=whole_inside, other=0.0), False)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
