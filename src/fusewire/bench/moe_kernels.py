@@ -140,7 +140,7 @@ def grouped_lines(device: torch.device, out: dict[str, None], rows: tuple[int, .
                         except RuntimeError as e:
                             out[f"{name} of {fmt}: {str(e).splitlines()[0]}"] = None
                             del calls[name]
-                    us = timing.measure(calls, group, rounds=3, device=device)
+                    us = timing.measure(calls, group, device=device)
                     yield {"suite": "moe", "what": "grouped_matmul", "format": fmt, "rows_an_expert": n, "skewed": skewed,
                            "us": {k: round(v, 2) for k, v in us.items()},
                            "tflops": round(2e-6 * sum(sizes) * HIDDEN * MID / us["triton"], 1)}
