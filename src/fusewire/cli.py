@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compare the fused with the unfused model: logits, greedy tokens, perplexity")
     _model(verify)
-    verify.add_argument("--text", type=Path, help="for the perplexity: a text file, or JSON lines with a \"page\" or \"text\"")
+    verify.add_argument("--text", type=Path,
+                        help="whose logits and perplexity are compared: a text file, or JSON lines with a \"page\" or \"text\" "
+                             "(default: half a page of ours)")
     verify.add_argument("--prompt", default="The capital of France is", help="the text whose greedy continuation is compared")
     verify.add_argument("--max-tokens", type=_positive, default=16, help="how many tokens to generate (default 16)")
     verify.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
 
 WORLDS = (2, 4, 8)
+ops = all_reduce_norm_quant.target.overloadpacket  # a backend by its name
 WAYS = ("one_shot", "streamed", "two_shot")
 FORMATS = ("bf16", "fp8_tensor", "fp8_token", "fp8_block", "nvfp4", "mxfp8", "nvfp4:128x4", "mxfp8:128x4")
 TOKENS = {2: (0, 1, 3, 127, 128, 129), 4: (0, 1, 3, 127, 128, 129), 8: (0, 3, 129)}
@@ -177,7 +178,7 @@ def numbers(rank: int, world: int) -> dict[str, list]:
         params = params_of(fmt)
         result, found = results[fmt], []
         # eager, then captured with other inputs and replayed with these
-        ops, given = all_reduce_norm_quant.target.overloadpacket, dict(weight=weight, eps=eps, offset=offset, cast_first=cast_first,
+        given = dict(weight=weight, eps=eps, offset=offset, cast_first=cast_first,
                                                                        params=params, fmt=fmt, group=name)
         call, streamed, two_shot = (functools.partial(getattr(ops, way), **given) for way in WAYS)
         kept = call(xs[rank], residual, keep_norm=True)
@@ -339,7 +340,6 @@ def test_what_a_longer_exchange_left_is_cleared():
     g = group.loopback_group(2)
     space = workspace.open(g.name, 2 * 700 * 8192 * 2)
     words = space.memory[space.from_here[2][0] - space.memory.data_ptr():].view(torch.int32).view(3, -1)
-    ops = all_reduce_norm_quant.target.overloadpacket
     rest = (None, torch.ones(8192, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, g.name)
     for long, short in itertools.product((ops.streamed, ops.one_shot), repeat=2):
         for tokens in (700 if long is ops.streamed else 264, 3):
@@ -358,7 +358,6 @@ def test_every_16_bits_travel(world, dtype):
     x = torch.cat([every, every.repeat_interleave(2), every[torch.randperm(65536, device="cuda")]]).view(-1, 8192)
     workspace.open(g.name, world * 2 * x.numel() * 2)
     nan, rest = torch.tensor(0x7FFF, dtype=torch.int16, device="cuda"), (1e-6, 0.0, False, [], "bf16", True, g.name)
-    ops = all_reduce_norm_quant.target.overloadpacket
     for some, call in ((torch.cat([x, x]), ops.one_shot), (x, ops.one_shot), (x[-1:], ops.one_shot), (x, ops.streamed)):
         want = some.float()
         for _ in range(world - 1):
@@ -394,7 +393,7 @@ def test_a_kernel_first_met_in_a_capture_is_refused():
     args = (x, None, w, 1e-6, 0.0, False, [], "bf16", True, g.name)
     for sentence in ("has no workspace; call workspace.open", "would be compiled while a CUDA graph is captured"):
         with pytest.raises(FusewireError, match=sentence), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.ops.fusewire.all_reduce_norm_quant.one_shot(*args)
+            ops.one_shot(*args)
         workspace.open(g.name, 1 << 20)
     with pytest.raises(FusewireError, match="cannot be made while"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         workspace.open(group.loopback_group(4).name, 1 << 20)
@@ -408,7 +407,7 @@ def test_a_workspace_does_not_grow():
     args = (None, torch.ones(640, device="cuda"), 1e-6, 0.0, False, [], "bf16", True, g.name)
     all_reduce_norm_quant(rows(8, 640), *args)
     with pytest.raises(FusewireError, match=r"it needs 46080 bytes .* has 40960; open it with workspace.open"):
-        all_reduce_norm_quant.target.overloadpacket.one_shot(rows(9, 640), *args)
+        ops.one_shot(rows(9, 640), *args)
     assert workspace.open(g.name, 10) is space
     with pytest.raises(FusewireError, match="cannot grow to 50000"):
         workspace.open(g.name, 50000)
@@ -430,16 +429,15 @@ def mixed() -> Iterable[tuple]:
 
 
 def mixed_launches() -> Iterable[Callable]:
-    return (functools.partial(all_reduce_norm_quant, *args) for args in mixed())
+    return (functools.partial(ops.one_shot, *args) for args in mixed())
 
 
 def two_groups(rank: int) -> list[str]:
     ranks.use_device()
     found: Found = []
     for args in mixed():
-        assert all_reduce_norm_quant.select(*args).backend.name in WAYS[:2]
         x, residual, *rest, _, name = args
-        found += problems(all_reduce_norm_quant(*args), [x] * group.resolve(name).world_size, residual, *rest)
+        found += problems(ops.one_shot(*args), [x] * group.resolve(name).world_size, residual, *rest)
     return said(found)
 
 

@@ -15,6 +15,21 @@ from ..errors import InputError
 from .session import Session, run_text
 
 CHUNK = 512  # tokens of a text that are read at once
+# Read where no text is given: of a prompt's dozen tokens the perplexity moves by more than a percent if only roundings differ.
+TEXT = """The harbour wakes before the town does. At four in the morning the first lamps are lit along the quay, and the men who
+mend the nets sit down on upturned boxes with their backs to the wind. They talk about the price of diesel and about
+the weather, which is never quite right. By five the boats have gone, one behind the other, past the lighthouse and
+into the dark, and only the gulls are left to quarrel over what was dropped on the stones.
+
+When the sun comes up, the market opens. Herring, cod and crab lie in rows on crushed ice; a bell is rung, and the
+buyers walk from one table to the next with their hands in their pockets, because a hand that is raised costs money.
+Most of them have known each other for twenty years. A restaurant takes the best of the turbot, a factory takes what
+nobody else wants, and within an hour everything has been sold, loaded and driven away. The tables are washed down
+with sea water, and children on their way to school jump over the puddles.
+
+In the afternoon there is little to do but wait. An old engineer, who used to work on the ferries, explains to anyone
+who will listen that a propeller is only a screw which has not found its wood. He is right, in a way: water is soft,
+but it pushes back."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +79,10 @@ class Verified:
 
 def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts: list[str],
            phase: Callable[[str], None]) -> list[Verified]:
-    """Compare each plan that `config` allows with the unfused graph, on the texts (or else the prompt alone)."""
+    """Compare each plan that `config` allows with the unfused graph: the continuation of the prompt, and the logits and the
+    perplexity of the texts, or else of TEXT."""
     ids = session.encode(prompt)
-    batches = [piece for t in texts for piece in session.encode(t).split(CHUNK, 1)] or [ids]
+    batches = [piece for t in texts or [TEXT] for piece in session.encode(t).split(CHUNK, 1)]
     if all(b.shape[1] < 2 for b in batches):
         raise InputError("the text has a single token, and a perplexity needs two; give a longer one")
     plans = ("replicated", "sharded") if config.plan == "auto" else (config.plan,)
