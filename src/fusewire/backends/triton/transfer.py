@@ -36,6 +36,7 @@ def _wait_after(flag, before, peer, report, op, limit_ns):
 def _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD: tl.constexpr, LOOPBACK: tl.constexpr):
     """The epoch of this transfer, once every peer has left the half."""
     before = tl.load(last + half, volatile=True)
+    tl.debug_barrier()  # one thread counts its program in, and when all are in, what every warp has to have read is changed
     old = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
     epoch = (old >> 32).to(tl.int32)
     programs = tl.num_programs(0).to(tl.int64)
