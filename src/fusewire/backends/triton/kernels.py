@@ -436,9 +436,10 @@ def _sum_and_larger(a, b, c, d):
 
 
 @triton.jit
-def _factor_and_largest(total, w, eps, offset, HIDDEN: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr):
-    """`_factor` of a row, and the largest |total * w| for `_token_scale`, if that can use it."""
-    if CAST_FIRST:
+def _factor_and_largest(total, w, eps, offset, HIDDEN: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
+                        FMT: tl.constexpr):
+    """`_factor` of a row, and the largest |total * w| for `_token_scale`, if that is wanted and can use it."""
+    if CAST_FIRST or FMT != "fp8_token":
         return _factor(total, eps, HIDDEN), 0.0
     else:
         y = _wide(total)
@@ -496,12 +497,12 @@ def _parts(normed, param, inverse, inside, HIDDEN: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset, HIDDEN: tl.constexpr,
+def _finish(summed, factor, w, total, norm, data, scales, param, inverse, row, at, inside, offset, HIDDEN: tl.constexpr,
             BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, KEEP_NORM: tl.constexpr, FMT: tl.constexpr,
             SWIZZLED: tl.constexpr):
-    """Write a row's sum, and what is made of it: (the norm, data, scales) to send."""
+    """Write a row's sum, whose `_factor` is given, and what is made of it: (the norm, data, scales) to send."""
     tl.store(total + row * HIDDEN + at, summed, mask=inside)
-    normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
+    normed = _normed(summed, w, factor, offset, HAS_OFFSET, CAST_FIRST)
     if KEEP_NORM:
         tl.store(norm + row * HIDDEN + at, normed, mask=inside)
     codes, scale = _parts(normed, param, inverse, inside, HIDDEN, BLOCK, FMT)
@@ -606,6 +607,60 @@ def _words_arrived(row, half, epoch, data, nbytes, report, rank, op, limit_ns, r
     return words
 
 
+def _await_asm(pieces: int) -> str:
+    """Load `pieces` times 16 bytes for each lane, from the addresses behind the words, until no word of the warp's is 0xFFFFFFFF,
+    or 256 times. First come the first words of all pieces, then the second, ..."""
+    at = range(pieces)
+    loads = "".join(f"ld.relaxed.sys.global.v4.b32 {{{', '.join(f'${k * pieces + i}' for k in range(4))}}}, [${4 * pieces + i}];"
+                    for i in at)
+    largest = "mov.b32 most, $0;" + "".join(f"max.u32 most, most, ${i};" for i in range(1, 4 * pieces))
+    return ("{ .reg .pred absent, p; .reg .b32 looks, most; mov.b32 looks, 0; LOOK: " + loads + largest
+            + "setp.eq.u32 p, most, 0xffffffff; vote.sync.any.pred absent, p, 0xffffffff; add.u32 looks, looks, 1;"
+            + "setp.lt.and.u32 p, looks, 256, absent; @p bra LOOK; }")
+
+
+_AWAIT_1, _AWAIT_2, _AWAIT_4 = (tl.constexpr(_await_asm(n)) for n in (1, 2, 4))
+_AWAITED_1, _AWAITED_2, _AWAITED_4 = (tl.constexpr(",".join(["=&r"] * 4 * n + ["l"] * n)) for n in (1, 2, 4))
+
+
+@triton.jit
+def _await(row, half, data, nbytes, rank, rows, BLOCK: tl.constexpr, SLOT: tl.constexpr):
+    """The words of a row of the only peer: the first of each 16 bytes, (BLOCK / 8,), the second, the third and the fourth.
+
+    Each warp waits for its own, not for those of others, and not for ever: what has not come is left as it is."""
+    at = tl.arange(0, BLOCK // 8)
+    inside = _below(at, SLOT // 8, BLOCK // 8)
+    of = data[0] + half * nbytes + ((1 - rank) * rows + row) * (SLOT * 2)
+    address = of + tl.where(inside, at, 0).to(tl.int64) * 16
+    # as many as a thread has, so that all are under way at once
+    PIECES: tl.constexpr = 4 if BLOCK >= 8192 else 2 if BLOCK >= 512 else 1
+    ASM: tl.constexpr = _AWAIT_4 if PIECES == 4 else _AWAIT_2 if PIECES == 2 else _AWAIT_1
+    REGISTERS: tl.constexpr = _AWAITED_4 if PIECES == 4 else _AWAITED_2 if PIECES == 2 else _AWAITED_1
+    a, b, c, d = tl.inline_asm_elementwise(ASM, REGISTERS, [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                                           is_pure=False, pack=PIECES)
+    if SLOT < BLOCK:
+        a, b, c, d = tl.where(inside, a, 0), tl.where(inside, b, 0), tl.where(inside, c, 0), tl.where(inside, d, 0)
+    return a, b, c, d
+
+
+@triton.jit
+def _joined(a, b, c, d, T: tl.constexpr):
+    """What `_await` gives, or the same piece of each, as a row or a part of one: (8 n,) of a 16-bit dtype."""
+    return _halves(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0] * 4,)), T)
+
+
+@triton.jit
+def _near(row, half, data, nbytes, rank, rows, LEAD: tl.constexpr, SLOT: tl.constexpr):
+    """Wait, not for ever, until a word of the row LEAD before this one has come from the only peer."""
+    if row >= LEAD:
+        of = data[0] + half * nbytes + ((1 - rank) * rows + row - LEAD) * (SLOT * 2)
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b32 looks, v; mov.b32 looks, 0;
+            LOOK: ld.relaxed.sys.global.b32 v, [$1]; shfl.sync.idx.b32 v, v, 0, 31, 0xffffffff; add.u32 looks, looks, 1;
+            setp.eq.u32 p, v, 0xffffffff; setp.lt.and.u32 p, looks, 4096, p; @p bra LOOK; mov.b32 $0, looks; }""",
+            "=r,l", [of], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def _clear_words(half, used, data, nbytes, rank, N: tl.constexpr, WORLD: tl.constexpr):
     """Make every word of the third `half` say that nothing has come: `used` pieces of 16 bytes of each peer's place."""
@@ -688,29 +743,39 @@ def one_shot_few(
         _pad_scales(scales, rows, HIDDEN, BLOCK, FMT)
     if CLEAR:
         _clear_words((turn + 2) % 3, used, peer_words, nbytes, rank, N // 2, WORLD)
-    if WAIT:
-        words = _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
-    if WAIT and WORLD == 2:  # they are in registers already
-        summed_all = _plus(mine_all if PARTS > 1 else mine, _halves(words, x.dtype.element_ty))
-    elif PARTS > 1:
-        summed_all = _sum(own, mine_all, row, whole, whole_inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
-    if WAIT and WORLD == 2 and PARTS == 1:
-        summed = summed_all
-    elif WAIT and WORLD == 2 and PARTS == 4:
-        summed = _plus(mine, _halves(_piece(words, part, PARTS), x.dtype.element_ty))
-    else:  # of one piece of two, Triton would move words between threads: to load them again is quicker
-        summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
-    if HAS_RESIDUAL:
-        summed = _plus(before, summed)
-        if PARTS > 1:
-            summed_all = _plus(before_all, summed_all)
-    tl.store(total + row * HIDDEN + at, summed, mask=inside)
-    row_sum = summed_all if PARTS > 1 else summed
-    if FMT == "fp8_token":
-        row_w = w_all if PARTS > 1 else w
-        factor, largest = _factor_and_largest(row_sum, row_w, eps, offset, HIDDEN, HAS_OFFSET, CAST_FIRST)
+    QUICK: tl.constexpr = WAIT and WORLD == 2  # they come into registers
+    row_w = w_all if PARTS > 1 and FMT == "fp8_token" else w
+    row_mine = mine_all if PARTS > 1 else mine
+    if QUICK:
+        a, b, c, d = _await(row, turn, peer_words, nbytes, rank, rows, BLOCK, SLOT)
+        row_sum = _plus(row_mine, _joined(a, b, c, d, x.dtype.element_ty))
     else:
-        factor = _factor(row_sum, eps, HIDDEN)
+        if WAIT:
+            _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
+        row_sum = _sum(own, row_mine, row, whole, whole_inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+    if HAS_RESIDUAL:
+        row_sum = _plus(before_all if PARTS > 1 else before, row_sum)
+    factor, largest = _factor_and_largest(row_sum, row_w, eps, offset, HIDDEN, HAS_OFFSET, CAST_FIRST, FMT)
+    if QUICK and PARTS == 4:
+        summed = _plus(mine, _joined(_piece(a, part, PARTS), _piece(b, part, PARTS), _piece(c, part, PARTS), _piece(d, part, PARTS),
+                                     x.dtype.element_ty))
+    if QUICK and factor != factor:  # NaN, as it is while a word has not come
+        _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
+        row_mine = tl.load(own + whole, mask=whole_inside, other=0.0)
+        row_sum = _sum(own, row_mine, row, whole, whole_inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+        if HAS_RESIDUAL:
+            row_sum = _plus(tl.load(residual + row * RESIDUAL_STRIDE + whole, mask=whole_inside, other=0.0), row_sum)
+        factor, largest = _factor_and_largest(row_sum, row_w, eps, offset, HIDDEN, HAS_OFFSET, CAST_FIRST, FMT)
+        if PARTS == 4:
+            summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+    if PARTS == 1:
+        summed = row_sum
+    else:
+        if not QUICK or PARTS == 2:  # of a piece of two, Triton would move words between threads: to load them again is quicker
+            summed = _sum(own, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+        if HAS_RESIDUAL:
+            summed = _plus(before, summed)
+    tl.store(total + row * HIDDEN + at, summed, mask=inside)
     normed = _normed(summed, w, factor, offset, HAS_OFFSET, CAST_FIRST)
     if KEEP_NORM:
         tl.store(norm + row * HIDDEN + at, normed, mask=inside)
@@ -779,7 +844,7 @@ def one_shot(
         summed = _sum(x + row * X_STRIDE, mine, row, at, inside, half, peer_data, nbytes, rank, rows, WORLD, SLOT)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
-        _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
+        _finish(summed, _factor(summed, eps, HIDDEN), w, total, norm, data, scales, param, inverse, row, at, inside, offset,
                 HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
     _leave_epoch(state, counted)
 
@@ -791,6 +856,7 @@ def streamed(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, WAIT: tl.constexpr, CLEAR: tl.constexpr,
+    LEAD: tl.constexpr,
 ):
     """`one_shot` in words: the first `pushers` programs push all rows, in order, and do nothing else; the others push none.
 
@@ -798,6 +864,7 @@ def streamed(
     CLEAR False leaves out that the words of the launch before are cleared, which goes along with the rows: for tests.
     """
     SLOT: tl.constexpr = (HIDDEN + 7) // 8 * 8
+    QUICK: tl.constexpr = WAIT and WORLD == 2  # words come into registers
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
     pid, step = tl.program_id(0), tl.num_programs(0) - pushers
@@ -828,21 +895,32 @@ def streamed(
         tl.debug_barrier()
         counted = _count_in(state)
         while row < rows:
+            if QUICK and LEAD > 0:
+                _near(row, turn, peer_words, nbytes, rank, rows, LEAD, SLOT)
             mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
             if HAS_RESIDUAL:
                 before = tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0)
             if CLEAR:
                 start = row * (BLOCK // 2)
                 _clear_some((turn + 2) % 3, used, peer_words, nbytes, rank, start, start + 1, 1, BLOCK // 2, WORLD)
-            if WAIT:
-                words = _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
-            if WAIT and WORLD == 2:  # they are in registers already
-                summed = _plus(mine, _halves(words, x.dtype.element_ty))
+            if QUICK:
+                a, b, c, d = _await(row, turn, peer_words, nbytes, rank, rows, BLOCK, SLOT)
+                summed = _plus(mine, _joined(a, b, c, d, x.dtype.element_ty))
             else:
+                if WAIT:
+                    _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
                 summed = _sum(x + row * X_STRIDE, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
             if HAS_RESIDUAL:
                 summed = _plus(before, summed)
-            _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
+            factor = _factor(summed, eps, HIDDEN)
+            if QUICK and factor != factor:  # NaN, as it is while a word has not come
+                _words_arrived(row, turn, epoch, peer_words, nbytes, report, rank, op, limit_ns, rows, BLOCK, WORLD, SLOT)
+                mine = tl.load(x + row * X_STRIDE + at, mask=inside, other=0.0)
+                summed = _sum(x + row * X_STRIDE, mine, row, at, inside, turn, peer_words, nbytes, rank, rows, WORLD, SLOT)
+                if HAS_RESIDUAL:
+                    summed = _plus(tl.load(residual + row * RESIDUAL_STRIDE + at, mask=inside, other=0.0), summed)
+                factor = _factor(summed, eps, HIDDEN)
+            _finish(summed, factor, w, total, norm, data, scales, param, inverse, row, at, inside, offset,
                     HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
             row += step
     _leave_words(state, counted, (turn + 1) % 3 << 32 | rows * (SLOT // 8))
@@ -924,8 +1002,8 @@ def two_shot(
         summed = _sum(x + row * X_STRIDE, mine, local, at, inside, parity, peer_data, nbytes, rank, per, WORLD, SLOT)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
-        normed, codes, scale = _finish(summed, w, total, norm, data, scales, param, inverse, row, at, inside, eps, offset,
-                                       HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
+        normed, codes, scale = _finish(summed, _factor(summed, eps, HIDDEN), w, total, norm, data, scales, param, inverse, row, at,
+                                       inside, offset, HIDDEN, BLOCK, HAS_OFFSET, CAST_FIRST, KEEP_NORM, FMT, SWIZZLED)
         for i in tl.static_range(1, WORLD):
             slot = ((rank + i) % WORLD if LOOPBACK else rank) * per + local
             to = peer_data[i] + parity * nbytes + results + slot * ROW_BYTES
