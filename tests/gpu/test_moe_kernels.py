@@ -6,6 +6,7 @@ import torch
 
 import fusewire.backends  # noqa: F401  (registers them)
 from fusewire import formats
+from fusewire.backends.triton import moe as triton
 from fusewire.ops import moe
 from fusewire.ops.moe import experts, route_quantize_pack
 
@@ -23,6 +24,13 @@ def test_kernels_have_their_references_numbers():
     from fusewire.bench.moe_kernels import check
 
     assert check(torch.device("cuda")) == []
+
+
+def test_a_grouped_matmul_into_rows_that_no_descriptor_takes():
+    w, ends = random(3, 1924, 512, seed=1) / 512**0.5, torch.tensor([700, 700, 1000]).cuda()
+    call = ([random(1000, 512)], [], [w], ends, "bf16", torch.bfloat16)
+    got, want = triton.grouped_matmul(*call).double(), moe.grouped_matmul.reference(*call).double()
+    assert (got - want).norm() <= 0.01 * want.norm()
 
 
 @pytest.mark.parametrize("how", list(moe.CHOICES))

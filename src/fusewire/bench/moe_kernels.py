@@ -190,8 +190,8 @@ def check(device: torch.device, grouped: bool = True) -> list[str]:
     """What is wrong with the kernels' numbers, before any time is worth something; grouped: those of the grouped matmul too."""
     checks: dict[str, Callable[[], str]] = {"logits": lambda: _check_rows(device)}
     checks |= {f"pack {name}": partial(_check_pack, device, name) for name, f in formats.FORMATS.items() if f.layout == "linear"}
-    for name in triton.TILE if grouped else ():  # few rows, and more tiles than programs
-        for how, sizes in (("few", [0, 5, 130, 0, 1, 64]), ("many", [0, 700, 1300, 0, 1, 2000])):
+    for name in triton.TILE if grouped else ():  # each kind of tile, of the last more than programs
+        for how, sizes in (("few", [0, 5, 130, 0, 1]), ("some", [0, 200, 300, 0, 1]), ("many", [0, 700, 2300, 0, 1, 2000])):
             checks[f"grouped_matmul {name}, {how}"] = partial(_check_grouped, device, name, sizes)
     found = []
     for name, run in checks.items():

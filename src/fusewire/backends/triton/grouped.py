@@ -37,6 +37,16 @@ def _begin(ends, columns, EXPERTS: gl.constexpr):
 
 
 @gluon.jit
+def _place(tile, start, end, columns):
+    """(first row, how many tiles are to the left) of an expert's tile of this number: down 16 tiles, then those to their right, so
+    that programs that run at a time read few different tiles of x and w."""
+    above = tile // (16 * columns) * 16
+    height = gl.minimum(gl.cdiv(end - start, 128) - above, 16)
+    inside = tile % (16 * columns)
+    return start + (above + inside % height) * 128, inside // height
+
+
+@gluon.jit
 def _load(x, w, ends, a, b, full, empty, n, EXPERTS: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
     """One warp: bring tiles of x and w in the order in which `_multiply` takes them."""
     WIDTH: gl.constexpr = w.block_shape[0]
@@ -46,8 +56,8 @@ def _load(x, w, ends, a, b, full, empty, n, EXPERTS: gl.constexpr, K: gl.constex
     expert, first, start, end = found
     i = 0
     while expert < EXPERTS:
-        row = start + (tile - first) // columns * 128
-        column = expert * n + (tile - first) % columns * (PARTS * WIDTH)
+        row, right = _place(tile - first, start, end, columns)
+        column = expert * n + right * (PARTS * WIDTH)
         for k in range(0, K, DEPTH):
             stage = i % STAGES
             ready = full.index(stage)
@@ -63,12 +73,30 @@ def _load(x, w, ends, a, b, full, empty, n, EXPERTS: gl.constexpr, K: gl.constex
 
 
 @gluon.jit
-def _store(total, out, row, column, end, n):
-    """Sums (64, columns), where such rows and columns are."""
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    values = gl.convert_layout(total.to(out.dtype.element_ty), wide)
-    row += gl.arange(0, 64, gl.SliceLayout(1, wide))
-    column += gl.arange(0, total.shape[1], gl.SliceLayout(0, wide))
+def _send(values, to, c, row, column, HALF: gl.constexpr):
+    """Values (64, columns), by halves until they are as wide as a buffer, of which each warpgroup has two."""
+    COLUMNS: gl.constexpr = values.shape[1]
+    WIDTH: gl.constexpr = c.shape[2]
+    if COLUMNS > WIDTH:
+        left, right = values.reshape(64, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        _send(left, to, c, row, column, HALF)
+        _send(right, to, c, row, column + COLUMNS // 2, HALF)
+    else:
+        at = c.index(2 * HALF + column // WIDTH % 2)
+        tma.store_wait(1)  # what was in this one has left
+        gl.thread_barrier()
+        at.store(values)
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(to, [row, column], at)
+
+
+@gluon.jit
+def _store(total, out, row, column, end, n, LAYOUT: gl.constexpr):
+    """Sums (64, columns), where such rows and columns are, by threads that hold them in this layout."""
+    values = gl.convert_layout(total.to(out.dtype.element_ty), LAYOUT)
+    row += gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    column += gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
     gl.store(out + row.to(gl.int64)[:, None] * n + column[None, :], values, mask=(row < end)[:, None] & (column < n)[None, :])
 
 
@@ -84,13 +112,14 @@ def _let(ID: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH: gl.constexpr,
+def _multiply(a, b, c, full, empty, x_scale, w_scale, ends, out, to, n, x_parameter, w_parameter, EACH: gl.constexpr,
               EXPERTS: gl.constexpr, K: gl.constexpr, FMT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
               HALF: gl.constexpr):
     """A warpgroup: rows 64 * HALF to 64 * HALF + 63 of each tile."""
     WIDTH: gl.constexpr = b.shape[1]
     STEPS: gl.constexpr = (K + b.shape[2] - 1) // b.shape[2]
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16 if FMT == "bf16" or FMT == "nvfp4" else 32])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     columns = gl.cdiv(n, PARTS * WIDTH)
     blocks = gl.cdiv(n, 128)
     tile, found = _begin(ends, columns, EXPERTS)
@@ -100,8 +129,9 @@ def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_
     if FMT == "fp8_block" and HALF == 1:
         _let(10)  # the other half is the first
     while expert < EXPERTS:
-        first_row = start + (tile - first) // columns * 128 + HALF * 64
-        first_column = (tile - first) % columns * (PARTS * WIDTH)
+        first_row, right = _place(tile - first, start, end, columns)
+        first_row += HALF * 64
+        first_column = right * (PARTS * WIDTH)
         row = first_row + gl.arange(0, 64, gl.SliceLayout(1, sums))
         total = gl.zeros((64, WIDTH), gl.float32, sums)
         if first_row >= end:
@@ -149,10 +179,10 @@ def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_
                 mbarrier.arrive(empty.index(stage))
                 fourth = gl.fma(other, s_2[:, None], fourth)
                 i += 1
-            _store(total, out, first_row, first_column, end, n)
-            _store(second, out, first_row, first_column + WIDTH, end, n)
-            _store(third, out, first_row, first_column + 2 * WIDTH, end, n)
-            _store(fourth, out, first_row, first_column + 3 * WIDTH, end, n)
+            _store(total, out, first_row, first_column, end, n, wide)
+            _store(second, out, first_row, first_column + WIDTH, end, n, wide)
+            _store(third, out, first_row, first_column + 2 * WIDTH, end, n, wide)
+            _store(fourth, out, first_row, first_column + 3 * WIDTH, end, n, wide)
         else:
             for k in range(STEPS):
                 stage = i % STAGES
@@ -171,9 +201,13 @@ def _multiply(a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_
                 total = total * sx[:, None] * sw[None, :]
             elif FMT == "fp8_tensor" or FMT == "nvfp4":
                 total = total * gl.load(x_parameter + (expert if EACH else 0)) * gl.load(w_parameter + expert)
-            _store(total, out, first_row, first_column, end, n)
+            if first_row + 64 <= end:  # the copy engine knows where columns end, but not an expert's rows
+                _send(total.to(out.dtype.element_ty), to, c, first_row, first_column, HALF)
+            else:
+                _store(total, out, first_row, first_column, end, n, sums)
         tile += gl.num_programs(0)
         expert, first, start, end = _find(tile, expert, first, start, end, ends, columns, EXPERTS)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -188,15 +222,16 @@ def _zero(out, start, rows, n):
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def grouped_matmul(x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_parameter, EACH: gl.constexpr, EXPERTS: gl.constexpr,
-                   K: gl.constexpr, FMT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+def grouped_matmul(x, x_scale, w, w_scale, ends, out, to, rows, n, x_parameter, w_parameter, EACH: gl.constexpr,
+                   EXPERTS: gl.constexpr, K: gl.constexpr, FMT: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
     """What `moe_kernels.grouped_matmul` makes of the same arguments, by four warps, to which it adds others.
 
     Tiles have 128 rows and PARTS times w's descriptor's columns. x's descriptor brings 64 rows, both 128 bytes of k. "fp8_block"
-    has four parts of 64 columns, others one part.
+    has four parts of 64 columns, others one part, which leaves by `to`, out's descriptor of 64 rows and 128 bytes.
     """
     a = gl.allocate_shared_memory(x.dtype, [2 * STAGES, 64, x.block_shape[1]], x.layout)
     b = gl.allocate_shared_memory(w.dtype, [PARTS * STAGES, w.block_shape[0], w.block_shape[1]], w.layout)
+    c = gl.allocate_shared_memory(to.dtype, [4, 64, to.block_shape[1]], to.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -205,10 +240,10 @@ def grouped_matmul(x, x_scale, w, w_scale, ends, out, rows, n, x_parameter, w_pa
     fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize([
-        (_multiply, (a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH, EXPERTS, K, FMT, PARTS,
-                     STAGES, 0)),
-        (_multiply, (a, b, full, empty, x_scale, w_scale, ends, out, n, x_parameter, w_parameter, EACH, EXPERTS, K, FMT, PARTS,
-                     STAGES, 1)),
+        (_multiply, (a, b, c, full, empty, x_scale, w_scale, ends, out, to, n, x_parameter, w_parameter, EACH, EXPERTS, K, FMT,
+                     PARTS, STAGES, 0)),
+        (_multiply, (a, b, c, full, empty, x_scale, w_scale, ends, out, to, n, x_parameter, w_parameter, EACH, EXPERTS, K, FMT,
+                     PARTS, STAGES, 1)),
         (_load, (x, w, ends, a, b, full, empty, n, EXPERTS, K, PARTS, STAGES)),
     ], [4, 1], [232, 40])
     _zero(out, gl.load(ends + EXPERTS - 1).to(gl.int32), rows, n)

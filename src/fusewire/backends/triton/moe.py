@@ -12,8 +12,10 @@ from .. import device
 from .launch import HIDDEN, block_of, processors
 
 TOKENS = 4  # that one program chooses experts for: one for each warp
-TILE = {"bf16": (128, 1, 6), "fp8_token": (256, 1, 4), "fp8_tensor": (256, 1, 4), "fp8_block": (64, 4, 3), "nvfp4": (128, 1, 6)}
+TILE = {"bf16": (256, 1, 4), "fp8_token": (256, 1, 4), "fp8_tensor": (256, 1, 4), "fp8_block": (64, 4, 3), "nvfp4": (256, 1, 4)}
 """Format -> (columns of a part, parts, stages) of the grouped matmul's tiles, where experts have more than FEW rows."""
+SOME = 512  # rows of an expert up to which tiles of 16 bits are narrower: of wide ones there are too few where experts are uneven
+SOME_TILE = (128, 1, 6)
 LOGIT_PARTS = 8  # of a logit, added one after the other
 LOGIT_COLUMNS, FEW_LOGITS = 128, 2048  # columns of the router's tiles; rows up to which each program has one of the parts
 FEW = 48  # rows of an expert, for which narrow tiles bring the weights by all multiprocessors
@@ -144,7 +146,8 @@ def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends:
             of_x, of_w, k = of_x.reciprocal(), of_w.reciprocal(), x[0].shape[1]
         x, w = [t.contiguous() for t in x], [t.contiguous() for t in w]
         scales = [t[1] if len(t) > 1 else ends for t in (x, w)]
-        launch = _few if rows <= FEW * experts else _many
+        few = rows <= FEW * experts or n * out.element_size() % 16  # or rows of the output that no descriptor takes
+        launch = _few if few else _many
         launch(x[0], scales[0], w[0].flatten(0, 1), scales[1], ends, out, of_x, of_w, EACH=each, EXPERTS=experts, K=k, FMT=fmt)
     return out
 
@@ -173,11 +176,12 @@ def _many(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, 
     from . import grouped
 
     rows, n = out.shape
-    width, parts, stages = TILE[FMT]
+    width, parts, stages = SOME_TILE if x.element_size() == 2 and rows <= SOME * EXPERTS else TILE[FMT]
     programs = min(processors(x), (-(-rows // 128) + EXPERTS) * -(-n // (width * parts)))
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=2)
-    by_x, by_w = (TensorDescriptor.from_tensor(t, [size, 128 // t.element_size()], layout) for t, size in ((x, 64), (w, width)))
-    grouped.grouped_matmul[programs,](by_x, x_scale, by_w, w_scale, ends, out, rows, n, *params, EXPERTS=EXPERTS, FMT=FMT,
+    by_x, by_w, by_out = (
+        TensorDescriptor.from_tensor(t, [size, 128 // t.element_size()], NVMMASharedLayout(
+            swizzle_byte_width=128, element_bitwidth=8 * t.element_size(), rank=2)) for t, size in ((x, 64), (w, width), (out, 64)))
+    grouped.grouped_matmul[programs,](by_x, x_scale, by_w, w_scale, ends, out, by_out, rows, n, *params, EXPERTS=EXPERTS, FMT=FMT,
                                       PARTS=parts, STAGES=stages, num_warps=4, **constants)
 
 
