@@ -51,9 +51,9 @@ _ROWS_IN_PIECES, _PIECES = 32, 4
 
 
 def _pushers(rows: int) -> int:
-    """Programs that only push: the fastest of nine from 16 to 96 on two H200, or within 1 % of it, for 256 to 4096 rows of FP8,
-    hidden = 8192."""
-    return min(rows, 48 if rows < 1024 else 56)
+    """Programs that only push: the fastest of six from 40 to 56 on two H200, FP8, hidden = 8192, at 512, 1024 and 2048 rows. At
+    4096 rows 48 are, and 40 take 8 % more."""
+    return min(rows, 40 if rows <= 2048 else 48)
 
 
 # Rows: a program of those that push none leaves memory alone until a word of the row so many before its own has come. The fastest
