@@ -11,8 +11,7 @@ import torch
 
 from .group import Group
 
-MOST_CALLS = 20  # in one CUDA graph
-MOST_REPLAYS = 5
+MOST_CALLS = 100  # in one CUDA graph: so many of a few microseconds that the host's part does not show
 # Rounds, and about how long a candidate runs in each if it does not take the most calls. A GPU at its power limit lowers its clock
 # for whatever runs next; in many short turns all candidates find the same clock. On an H200 the times of one matmul under six names
 # then differed by 1 % at most in two of four sizes and by 3 % in all, in 5 rounds of 20 ms by 2 to 5 %.
@@ -32,21 +31,25 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
     device      where the calls run; None: the current CUDA device if this process has one in use, else the CPU (wall clock)
     """
     device = device or torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-    batches: dict[str, tuple[Callable[[], object], int, int]] = {}
+    graph = graph and device.type == "cuda"
+    batches: dict[str, tuple[Callable[[], object], int]] = {}
     for name, call in candidates.items():
         call()
-        once = slowest([_seconds(call, 1, device)], group, device)[0]
-        total = max(1, min(MOST_CALLS * MOST_REPLAYS, math.ceil(ROUND_S[device.type] / max(once, 1e-9))))
-        calls = min(total, MOST_CALLS)
-        batches[name] = (_batch(call, calls, graph and device.type == "cuda"), calls, math.ceil(total / calls))
+        probe = call
+        if graph:  # without one a small call takes as long as the host does
+            probe = _batch(call, 1, True)
+            probe()
+        once = slowest([_seconds(probe, device)], group, device)[0]
+        calls = max(1, min(MOST_CALLS, math.ceil(ROUND_S[device.type] / max(once, 1e-9))))
+        batches[name] = _batch(call, calls, graph), calls
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds or ROUNDS[device.type]):
         # in another order each time, on all ranks alike
         for name in random.Random(turn).sample(list(batches), len(batches)):
-            batch, calls, replays = batches[name]
+            batch, calls = batches[name]
             slowest([], group, device)
             batch()  # on the devices, ranks that exchange something start the rest together
-            seconds[name].append(_seconds(batch, replays, device) / replays / calls)
+            seconds[name].append(_seconds(batch, device) / calls)
     medians = slowest([statistics.median(s) for s in seconds.values()], group, device)
     return dict(zip(candidates, (1e6 * s for s in medians), strict=True))
 
@@ -73,17 +76,15 @@ def _batch(call: Callable[[], object], calls: int, graph: bool) -> Callable[[], 
     return captured.replay
 
 
-def _seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """How long `times` runs take, on the device's own clock if it is a CUDA one."""
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long a run takes, on the device's own clock if it is a CUDA one."""
     if device.type != "cuda":
         start = time.perf_counter()
-        for _ in range(times):
-            run()
+        run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(times):
-        run()
+    run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
