@@ -41,14 +41,15 @@ class Turn:
             self.at, self.parity = 0, self.parity ^ 1
 
 
-def tiles_of(rank: int, world: int, cluster: int, step: int, each: int, ahead: int) -> list[tuple[int, int]]:
+def tiles_of(rank: int, world: int, cluster: int, step: int, each: int, ahead: int, run: bool) -> list[tuple[int, int]]:
     """(shard, tile) of a cluster of programs, as `tile_at` orders them; tests/test_gemm.py looks at that itself."""
     peers = world - 1
-    first = min(ahead * step // peers + 1, each)
+    first, length = min(ahead * step // peers + 1, each), max(step // peers, 1) if run else 1
     others = [((rank + 1 + u % peers) % world, u // peers) for u in range(peers * each)]
     order = others[:first * peers]
-    for k in range(each - first):
-        order += [(rank, k), *others[(first + k) * peers:(first + k + 1) * peers]]
+    for g in range(0, each - first, length):
+        end = min(g + length, each - first)
+        order += [(rank, k) for k in range(g, end)] + others[(first + g) * peers:(first + end) * peers]
     return [*order, *((rank, k) for k in range(each - first, each))][cluster::step]
 
 
@@ -129,9 +130,9 @@ def program(me: int, rank: int, world: int, tiles: list, turns: bool, pieces: in
 
 def simulate(seed: int, world: int, turns: bool, pieces: int, ring: int, skips: bool = False) -> str:
     rnd, flags, wrong, warps = random.Random(seed), set(), [], []
-    step, each, ahead = rnd.choice([2, 3]), rnd.choice([3, 7, 12]), rnd.choice([1, 2, 99])
+    step, each, ahead, run = rnd.choice([2, 3]), rnd.choice([3, 7, 12]), rnd.choice([1, 2, 99]), rnd.random() < 0.5
     for rank, cluster in itertools.product(range(world), range(step)):
-        tiles, began = tiles_of(rank, world, cluster, step, each, ahead), [[0, 0], [0, 0]]
+        tiles, began = tiles_of(rank, world, cluster, step, each, ahead, run), [[0, 0], [0, 0]]
         for me in range(2):
             warps += [(rnd.choice([1, 1, 4, 30]), warp) for warp in program(
                 me, rank, world, tiles, turns, pieces, ring, skips, flags, rnd, wrong, began)]

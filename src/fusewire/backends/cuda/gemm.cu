@@ -236,17 +236,20 @@ __device__ __forceinline__ int tiles_of_rows(const Params& p) { return (p.m + BM
 
 // Tile t of all, of tm * tn for each shard, of which `step` are under way at once. A plain product and GATHER: this rank's own
 // first, while the others' rows fly. REDUCE: its own in the order in which the peers send their part of them, but later, and the
-// others' between them, so that there is something to send from the start to near the end.
+// others' between them, so that there is something to send from the start to near the end: one by one, or if they are many by as
+// many as are under way at once, for then every program has some of both kinds (1 to 2 % faster on two H200).
 __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, int step, int program) {
     const int each = tm * tn, peers = p.world - 1;
     int s = t / each, r = t % each;
     if (REDUCE && peers) {
-        const int ahead = min(AHEAD * step / peers + 1, each), turns = each - ahead;
-        const int turn = t - ahead * peers, before = turn / p.world, in = turn % p.world;  // in a turn: one own, one of each peer
+        const int ahead = min(AHEAD * step / peers + 1, each), turn = t - ahead * peers;
+        const int turns = each - ahead;
+        const int run = turns > 4 * step ? max(step / peers, 1) : 1;  // of so many own, then as many of each peer's
+        const int before = turn / (run * p.world) * run, most = min(run, turns - before), in = turn - before * p.world;
         int u = turn < 0 ? t : -1;       // which of the others'
         if (turn >= turns * p.world) r = turn - turns * peers;
-        else if (turn >= 0 && in == 0) r = before;
-        else if (turn >= 0) u = (ahead + before) * peers + in - 1;
+        else if (turn >= 0 && in < most) r = before + in;
+        else if (turn >= 0) u = (ahead + before) * peers + in - most;
         s = u < 0 ? 0 : 1 + u % peers;
         if (u >= 0) r = u / peers;
     }
