@@ -258,7 +258,7 @@ def launches(world: int) -> Iterable[Callable]:
     for fmt, hidden, tokens, (has_residual, offset, cast_first, dtype, eps), *_ in cases(world):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
         for way, keep in itertools.product(WAYS, (True, False)):
-            few = ar._few(tokens, hidden, ar.processors(x)) if way == "one_shot" else ()
+            few = ar._few(tokens, hidden, ar.processors(x.device)) if way == "one_shot" else ()
             key = fmt, hidden, has_residual, offset, cast_first, dtype, way, keep, few
             if tokens and (keep or tokens <= 3) and key not in seen:
                 seen.add(key)

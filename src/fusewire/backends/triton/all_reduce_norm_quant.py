@@ -9,8 +9,9 @@ from ...op import Usage
 from ...ops.collectives import world_size
 from ...ops.fused import all_reduce_norm_quant
 from .. import workspace
+from ..device import processors
 from ..workspace import align
-from .launch import block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
+from .launch import block_of, launch, new_parts, row_bytes, row_constants, why_not
 
 NAME = "all_reduce_norm_quant"
 
@@ -144,19 +145,19 @@ def exchange(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, off
         per = -(-rows // space.world_size)
         space.need(NAME, two_shot_bytes(*args), 2 * space.world_size * per)
         kernel, (warps, resident) = kernels.two_shot, _many(hidden)
-        programs = min(per, resident * processors(x))
+        programs = min(per, resident * processors(x.device))
         constants |= dict(zip(("DATA_AT", "SCALES_AT", "ROW_BYTES"), _result(x, fmt, keep_norm), strict=True))
     else:
         space.need(NAME, one_shot_bytes(*args), space.world_size * rows)
         words = space.world_size * rows * _slot(x) <= space.word_bytes
         kernel, (warps, resident) = kernels.one_shot, _many(hidden)
-        programs = min(rows, resident * processors(x))
+        programs = min(rows, resident * processors(x.device))
         if words and way == "streamed":
             pushers = _pushers(rows)
-            kernel, programs = kernels.streamed, min(rows + pushers, resident * processors(x))
+            kernel, programs = kernels.streamed, min(rows + pushers, resident * processors(x.device))
             constants |= {"CLEAR": clear, "LEAD": _LEAD}
             numbers = (*numbers, pushers)
-        elif words and (few := _few(rows, hidden, processors(x))) is not None:
+        elif words and (few := _few(rows, hidden, processors(x.device))) is not None:
             kernel, (pieces, warps, resident) = kernels.one_shot_few, few
             programs = rows * pieces
             constants |= {"PARTS": pieces, "CLEAR": clear}

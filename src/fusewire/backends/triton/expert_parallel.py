@@ -12,8 +12,8 @@ from ...ops import moe
 from ...ops.collectives import world_size
 from ...ops.moe import dispatch, expert_parallel, experts
 from .. import matmul_reduce_scatter, transfer, workspace
+from ..device import processors
 from ..workspace import align
-from .launch import processors
 from .moe import TOKENS, logits, row_constants, row_shape, why_not_routed
 
 NAME = "dispatch"
@@ -67,7 +67,7 @@ def push(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
         return [*parts, ids, weights]
     _, warps, registers = row_shape(x.shape[1])
     # all are on the device at once, as they wait for those of the peers
-    programs = min(65536 // (32 * warps * registers) * processors(x), _tasks(max(counts)))
+    programs = min(65536 // (32 * warps * registers) * processors(x.device), _tasks(max(counts)))
     t = transfer.prepare(space, NAME, push_bytes(x, weight, k, fmt, counts, group), world * programs)
     starts = [sum(counts[:r]) for r in range(world)]
     turned = [tuple(16 * n for n in values[rank:] + values[:rank]) for values in (counts, starts)]

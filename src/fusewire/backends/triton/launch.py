@@ -62,10 +62,6 @@ def row_constants(x: Tensor, residual: Tensor | None, offset: float, cast_first:
     )
 
 
-def processors(x: Tensor) -> int:
-    return device.processors(x.device)
-
-
 def launch(kernel: Any, op: str, programs: int, warps: int, resident: int, space: workspace.Workspace, tensors: list[Tensor | None],
            numbers: tuple, constants: dict[str, Any], words: bool = False, counts: tuple[int, ...] = ()) -> None:
     """Launch a kernel whose arguments are tensors, those of the workspace, `counts`, `numbers` and constants.

@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import formats
 from ...ops import moe
 from .. import device
-from .launch import HIDDEN, block_of, processors
+from .launch import HIDDEN, block_of
 
 TOKENS = 4  # that one program chooses experts for: one for each warp
 TILE = {"bf16": (256, 1, 4), "fp8_token": (256, 1, 4), "fp8_tensor": (256, 1, 4), "fp8_block": (64, 4, 3), "nvfp4": (256, 1, 4)}
@@ -68,7 +68,7 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     if rows:
         split = rows <= FEW_LOGITS  # too few tiles for all multiprocessors
         columns, each = -(-n // LOGIT_COLUMNS), LOGIT_PARTS if split else 1
-        height = 64 if -(-rows // 64) * columns * each <= processors(x) else 128
+        height = 64 if -(-rows // 64) * columns * each <= device.processors(x.device) else 128
         parts = out.new_empty(LOGIT_PARTS, rows, n) if split else out
         moe_kernels.router_logits[-(-rows // height), columns, each](
             x, weight, parts, rows, HIDDEN=x.shape[1], EXPERTS=n, X_STRIDE=x.stride(0), ROWS=height, COLUMNS=LOGIT_COLUMNS,
@@ -94,7 +94,7 @@ def pack(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
     out = torch.empty(rows, sum(widths), dtype=torch.uint8, device=x.device)
     if rows:
         _, warps, registers = row_shape(hidden)
-        share = 1 if rows <= 16 * processors(x) else 2
+        share = 1 if rows <= 16 * device.processors(x.device) else 2
         moe_kernels.route_quantize_pack[-(-rows // TOKENS) * (1 + TOKENS // share),](
             x, scores, scores if bias is None else bias, params[0] if params else scores, out, rows, scale, share,
             **row_constants(x, weight, bias, k, groups, top_groups, how, fmt), RECORD=sum(widths), SCALES_AT=widths[0],
@@ -161,7 +161,7 @@ def _few(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, o
     rows, n = out.shape
     height = min(64, max(16, 1 << (-(-rows // EXPERTS) - 1).bit_length()))
     columns, depth, stages, resident = FEW_TILE
-    programs = min(resident * processors(x), (-(-rows // height) + EXPERTS) * -(-n // columns))
+    programs = min(resident * device.processors(x.device), (-(-rows // height) + EXPERTS) * -(-n // columns))
     by_x, by_w = (TensorDescriptor.from_tensor(t, [size, depth]) for t, size in ((x, height), (w, columns)))
     moe_kernels.grouped_matmul[programs,](
         by_x, x_scale, by_w, w_scale, ends, out, rows, n, *params, EXPERTS=EXPERTS, EXPERTS_BLOCK=1 << (EXPERTS - 1).bit_length(),
@@ -177,7 +177,7 @@ def _many(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, ends: Tensor, 
 
     rows, n = out.shape
     width, parts, stages = SOME_TILE if x.element_size() == 2 and rows <= SOME * EXPERTS else TILE[FMT]
-    programs = min(processors(x), (-(-rows // 128) + EXPERTS) * -(-n // (width * parts)))
+    programs = min(device.processors(x.device), (-(-rows // 128) + EXPERTS) * -(-n // (width * parts)))
     by_x, by_w, by_out = (
         TensorDescriptor.from_tensor(t, [size, 128 // t.element_size()], NVMMASharedLayout(
             swizzle_byte_width=128, element_bitwidth=8 * t.element_size(), rank=2)) for t, size in ((x, 64), (w, width), (out, 64)))

@@ -17,8 +17,9 @@ from ...ops.dense import linear, matmuls, split_weights
 from ...ops.fused import all_gather_matmul, norm_quant_all_gather_matmul
 from .. import transfer, workspace
 from ..cuda import gemm
+from ..device import processors
 from ..workspace import align
-from .launch import block_of, launch, new_parts, processors, row_bytes, row_constants, why_not
+from .launch import block_of, launch, new_parts, row_bytes, row_constants, why_not
 
 NAME = "norm_quant_all_gather_matmul"
 
@@ -100,7 +101,7 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
     ticket = torch.empty(1, dtype=torch.int32, device=x.device)
     scales_at = align(space.world_size * rows * row_bytes(x, fmt)[0], 256)
     warps, resident = _launch_shape(hidden)
-    programs = min(rows, resident * processors(x))
+    programs = min(rows, resident * processors(x.device))
     together = _together(rows, programs) if rows and send else 1
     if rows:
         if send:
