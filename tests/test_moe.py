@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import tiny
 import torch
 from dist import run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fusewire import formats, tuning
 from fusewire.backends import moe as transport
@@ -140,6 +142,44 @@ def test_bf16_is_as_close_as_eager(ranks, family, world, how):
     eager = whole(ids, use_cache=False).logits.double()
     assert (ours - want).norm() <= 1.5 * (eager - want).norm()
     assert (eager - want).norm() > 0
+
+
+def skew(whole: nn.Module, how: str) -> list[set[int]]:
+    """Make every token choose the first experts, or none choose expert 5; -> what a block's tokens chose together, a set for each
+    call, in a list that fills while the model runs."""
+    chosen: list[set[int]] = []
+    whole.get_input_embeddings().weight[:, 0] = 40.0  # large and positive in every token
+    for m in whole.modules():
+        if type(m).__name__ in FAMILIES:
+            bias = getattr(m.gate, "e_score_correction_bias", m.gate.weight[:, 0])
+            if how == "all to the first":
+                bias[:whole.config.num_experts_per_tok] += 3.0
+            else:
+                bias[5] -= 100.0
+            m.gate.register_forward_hook(lambda gate, args, out: chosen.append(set(out[2].flatten().tolist())))
+    return chosen
+
+
+@pytest.mark.parametrize("family", tiny.MOE)
+@pytest.mark.parametrize("how", ["as it comes", "all to the first", "one has none"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_bf16_of_unequal_counts_and_skewed_experts(ranks, family, how, world):
+    """As above, for ranks that hold 9, 0, 1, ... tokens and experts of which all choose the same or one gets nothing."""
+    whole, group = model(family, torch.bfloat16, heads=8), ranks(world)
+    chosen = skew(whole, how) if how != "as it comes" else []
+    shards = simulate(group, lambda rank: parallelize(copy.deepcopy(whole), group, dp=world))
+    tokens = [tiny.ids(1, max(n, 1), seed=n)[:, :n] for n in (9, 0, 1, 16, 7, 0, 1, 30)][:world]
+    ours, want, eager = [], [], []
+    for ids, y in zip(tokens, answers(shards, group, tokens), strict=True):
+        assert (y is None) == (not ids.shape[1])
+        if y is not None:
+            ours.append(y.double()[0])
+            want.append(double(whole)(ids, use_cache=False).logits[0])
+            eager.append(whole(ids, use_cache=False).logits.double()[0])
+    ours, want, eager = torch.cat(ours), torch.cat(want), torch.cat(eager)
+    assert 0 < (eager - want).norm() and (ours - want).norm() <= 1.5 * (eager - want).norm()
+    first = set(range(whole.config.num_experts_per_tok))
+    assert all(c == first if how == "all to the first" else 5 not in c for c in chosen) and bool(chosen) == (how != "as it comes")
 
 
 class Block:
@@ -392,6 +432,12 @@ def test_refusals(ranks):
         simulate(group, lambda rank: parallelize(copy.deepcopy(whole), group))
     with pytest.raises(InputError, match="dp=2 times tp=2 is not the number of ranks, 2"):
         layout(fake_group(2), 2, 2, None)
+    for how, sentence in (({"dp": 0}, "2 ranks do not divide into dp=0"), ({"tp": 3}, "2 ranks do not divide into tp=3")):
+        with pytest.raises(InputError, match=sentence):
+            layout(fake_group(2), **{"dp": None, "tp": None, "ep": None, **how})
+    shards = simulate(group, lambda rank: parallelize(model("qwen3_moe"), group, dp=2))
+    with pytest.raises(InputError, match=r"this rank has no tokens in this step; call fusewire\.models\.idle\(model\)"):
+        shards[0](tiny.ids(1, 1)[:, :0])
     with pytest.raises(InputError, match="ep=1: experts are spread over all 2 ranks"):
         layout(fake_group(2), 2, None, 1)
     with pytest.raises(FormatError, match="nvfp4 needs a multiple of 16 input features and the down projections have 24"):
@@ -436,3 +482,25 @@ def test_gloo_ranks_have_the_bits_of_threads(ranks, family, world, how):
     want = answers(shards, group, [tokens[rank // (world // how["dp"])] for rank in range(world)])
     got = run_ranks(gloo_rank, world, world, family, how, tokens, timeout_s=90)
     assert all(torch.equal(g, torch.zeros(0) if w is None else w) for g, w in zip(got, want, strict=True))
+
+
+def mesh_rank(rank: int) -> list[Tensor]:
+    """Logits by dp and tp, and by device meshes that say the same."""
+    names = ("dp", "tp")
+    ways = [{"dp": 2, "tp": 2}, {"group": init_device_mesh("cpu", (2, 2), mesh_dim_names=names)},
+            {"dp": 4}, {"group": init_device_mesh("cpu", (4,), mesh_dim_names=names[:1])},
+            {}, {"group": init_device_mesh("cpu", (4,), mesh_dim_names=names[1:]), "ep": 4}]
+    for mesh, given, sentence in (
+            (init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp")), {}, "has the dimensions ('tp', 'dp'); name them dp, tp"),
+            (DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=names), {}, "holds the ranks [0, 2, 1, 3]; one of two dimensions"),
+            (ways[1]["group"], {"dp": 4}, "dp=4 and the device mesh has dp=2; leave dp out")):
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            parallelize(model("qwen3_moe"), mesh, **given)
+    with torch.no_grad():
+        return [parallelize(model("qwen3_moe", heads=8), **how)(tiny.ids(1, 6), use_cache=False).logits for how in ways]
+
+
+@pytest.mark.dist
+def test_a_device_mesh_says_dp_and_tp():
+    for found in run_ranks(mesh_rank, 4, timeout_s=90):
+        assert all(torch.equal(a, b) for a, b in zip(found[::2], found[1::2], strict=True)) and not torch.equal(found[0], found[2])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import formats
 from ..errors import FormatError, InputError
@@ -18,7 +19,7 @@ from ..group import Group
 from .files import FLOATS, Tensors, one_line, read_json
 from .layers import ColumnParallelLinear, GatheredLinear, ShardedLinear, VocabParallelEmbedding, WholeLinear
 from .moe import Experts, layout
-from .parallelize import format_name, resolve, shard
+from .parallelize import format_name, over_mesh, resolve, shard
 from .slices import Slice, blocks, whole
 from .stored import PLAIN, Scalar, Stored, stored_of
 
@@ -28,9 +29,9 @@ TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj"
 PLAUSIBLE = 1e-4, 1e3  # largest |weight| of a layer: a scale taken for its reciprocal is far outside
 
 
-def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quantization: str | None = None,
-         progress: Callable[[int, int, str], None] | None = None, device: str | torch.device = "cpu", *, dp: int | None = None,
-         tp: int | None = None, ep: int | None = None) -> nn.Module:
+def load(path: str | Path, group: Group | dist.ProcessGroup | DeviceMesh | None = None,
+         quantization: str | None = None, progress: Callable[[int, int, str], None] | None = None,
+         device: str | torch.device = "cpu", *, dp: int | None = None, tp: int | None = None, ep: int | None = None) -> nn.Module:
     """This rank's shard of the model in a folder, parallelized over `group`.
 
     path          a folder with config.json and *.safetensors, or the name of a model on the Hugging Face hub
@@ -51,7 +52,8 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quant
     given = stored_of(quant_config, where)
     if quant_config is not None and quantization is not None:
         raise InputError(f"{where}: the checkpoint is quantized already; leave quantization={quantization!r} out")
-    group, wanted = resolve(group), format_name(quantization)
+    wanted = format_name(quantization)
+    ranks, dp, tp = over_mesh(group, dp, tp) if isinstance(group, DeviceMesh) else (resolve(group), dp, tp)
     model = empty_model(config, folder)
     stored: dict[str, Stored] = {}
 
@@ -62,7 +64,7 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | None = None, quant
         stored[name] = s
         return s.fmt if quant_config is not None else wanted
 
-    shard(model, group, format_of, layout(group, dp, tp, ep))
+    shard(model, ranks, format_of, layout(ranks, dp, tp, ep))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     if quant_config is not None and all(s == PLAIN for s in stored.values()):

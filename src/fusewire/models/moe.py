@@ -103,9 +103,12 @@ class Layout:
 def layout(group: Group, dp: int | None, tp: int | None, ep: int | None) -> Layout:
     """The layout of `dp` * `tp` ranks. InputError unless the group has as many, and `ep` says the same."""
     n = group.world_size
+    for name, size in (("dp", dp), ("tp", tp)):
+        if size is not None and (size < 1 or n % size):
+            raise InputError(f"{n} ranks do not divide into {name}={size}; give {name} a divisor of {n}, or start other ranks")
     dp = (1 if tp is None else n // tp) if dp is None else dp
     tp = n // dp if tp is None else tp
-    if dp < 1 or tp < 1 or dp * tp != n:
+    if dp * tp != n:
         raise InputError(f"dp={dp} times tp={tp} is not the number of ranks, {n}; start dp * tp ranks")
     if ep not in (None, n):
         raise InputError(f"ep={ep}: experts are spread over all {n} ranks; leave ep out, or give ep={n}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat, formats
 from ..errors import InputError
@@ -29,13 +30,14 @@ WHOLE = "whole"  # our own: not cut
 REPLICATED = ("replicated", "replicated_with_grad_allreduce")
 
 
-def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | None = None, quantization: str | None = None, *,
+def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | DeviceMesh | None = None, quantization: str | None = None, *,
                 dp: int | None = None, tp: int | None = None, ep: int | None = None) -> nn.Module:
     """Cut a causal LM over `group`, in place, and quantize its linear layers on this rank.
 
     model         a Hugging Face decoder with a tensor-parallel plan and float weights; on the meta device, or made of fake
                   tensors, only shapes are made
-    group         None is torch's default process group; modules keep only its name
+    group         None is torch's default process group; modules keep only its name. A DeviceMesh has the dimensions "dp", "tp" or
+                  both, and says both of these; with two it must be of all ranks, in order
     quantization  a format's name, "fp8" (= "fp8_tensor"), or None (= "bf16": weights keep their dtype). Scales of activations
                   are dynamic. Embedding, lm_head and routers are never quantized.
     dp, tp        the ranks are dp rows of tp consecutive ones: a row holds the same tokens and cuts heads and dense layers, the
@@ -49,7 +51,7 @@ def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | None = None
     not known here, and sizes that do not divide; FormatError for a number of input features on a rank that the format cannot hold.
     """
     fmt = format_name(quantization)
-    found = resolve(group)
+    found, dp, tp = over_mesh(group, dp, tp) if isinstance(group, DeviceMesh) else (resolve(group), dp, tp)
     return shard(model, found, lambda name: fmt, moe.layout(found, dp, tp, ep))
 
 
@@ -70,6 +72,24 @@ def resolve(group: Group | dist.ProcessGroup | None) -> Group:
         raise InputError("no group was given and torch.distributed is not initialized; give a group or call "
                          "init_process_group first")
     return of_process_group(group or dist.group.WORLD)
+
+
+def over_mesh(mesh: DeviceMesh, dp: int | None, tp: int | None) -> tuple[Group, int, int]:
+    """(the group of a mesh's ranks, dp, tp). InputError for other dimensions than `parallelize` takes, and for a `dp` or `tp`
+    that is given beside it and is another."""
+    names = mesh.mesh_dim_names or ()
+    if names not in (("dp",), ("tp",), ("dp", "tp")):
+        raise InputError(f"the device mesh has the dimensions {names}; name them dp, tp, or dp and tp in this order")
+    sizes = {"dp": 1, "tp": 1, **dict(zip(names, mesh.shape, strict=True))}
+    for name, given in (("dp", dp), ("tp", tp)):
+        if given not in (None, sizes[name]):
+            raise InputError(f"{name}={given} and the device mesh has {name}={sizes[name]}; leave {name} out")
+    if len(names) == 1:
+        return of_process_group(mesh.get_group()), sizes["dp"], sizes["tp"]
+    if (held := mesh.mesh.flatten().tolist()) != list(range(dist.get_world_size())):
+        raise InputError(f"the device mesh holds the ranks {held}; one of two dimensions must hold all "
+                         f"{dist.get_world_size()} in order")
+    return resolve(None), sizes["dp"], sizes["tp"]
 
 
 def static_cache(model: nn.Module, batch: int, max_len: int):
@@ -137,7 +157,9 @@ def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before a step of ranks that may hold different numbers of tokens; one that is compiled is begun outside its graph."""
     if not torch.compiler.is_compiling():
         ids = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        model.layout.begin(ids.shape[0] * ids.shape[1])
+        if not (tokens := ids.shape[0] * ids.shape[1]):
+            raise InputError("this rank has no tokens in this step; call fusewire.models.idle(model) instead of the model")
+        model.layout.begin(tokens)
 
 
 def _styles(model: nn.Module) -> dict[str, str]:
