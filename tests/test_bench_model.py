@@ -87,6 +87,7 @@ def test_a_deep_decode_step_on_two_ranks(tmp_path):
     "--shape tiny-experts --decode": "tiny-experts has experts, of which a prompt is measured between ranks, as FX runs it; leave "
                                      "--decode out",
     "--shape tiny-experts --loopback": "tiny-experts has experts, ",
+    "--shape experts": "unknown shape 'experts'; known: llama-3-70b, llama-3-8b, tiny, deepseek-r1, tiny-experts",
     "--layers 0": "--layers 0 is too small; give 1 or more",
     "--decode --context 1": "--context 1 is too small; give 2 or more",
     "-tp 1": "--tensor-parallel-size 1 is too small; give 2 or more",

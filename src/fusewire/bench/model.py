@@ -39,7 +39,7 @@ def command(args: argparse.Namespace) -> int:
                 raise InputError(f"{args.shape} has experts, of which a prompt is measured between ranks, as FX runs it; leave "
                                  f"{what} out")
     else:
-        shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
+        shapes.projections(shapes.get(args.shape, *shapes.EXPERTS), args.tensor_parallel_size)
     args.tokens = args.tokens or list(BATCHES if args.decode else PROMPTS[:4] if experts else PROMPTS)
     for what, least in (("layers", 1), ("context", 2), ("tensor_parallel_size", 2)):
         if (n := getattr(args, what)) < least:

@@ -99,9 +99,9 @@ def _candidates(fmt: str, sizes: list[int], device: torch.device, out: dict[str,
         return torch._scaled_mm(rows, w[0][e].t(), scale_a=of_x, scale_b=of_w, out_dtype=torch.bfloat16)
 
     def scales(start: int, n: int) -> Tensor:
-        """Of rows; by blocks, cuBLAS takes them column by column."""
+        """Of rows, where cuBLAS takes them: aligned, and by blocks column by column."""
         of_x = padded[1][start:start + n]
-        return of_x if fmt == "fp8_token" else of_x.t().contiguous().t()
+        return of_x.clone() if fmt == "fp8_token" else of_x.t().contiguous().t()
 
     def taken(start: int, n: int, e: int) -> tuple[int, int, int, Tensor]:
         """The first matmul of n rows or a few more that cuBLAS does; a RuntimeError if there is none."""

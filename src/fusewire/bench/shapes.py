@@ -45,10 +45,10 @@ SHAPES = {
 }
 
 
-def get(name: str) -> Shape:
-    """The shape called `name`, of a decoder without experts; InputError lists the known ones."""
+def get(name: str, *others: str) -> Shape:
+    """The shape called `name`, of a decoder without experts; InputError lists the known ones, and `others` that may be given."""
     if name not in SHAPES:
-        raise InputError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+        raise InputError(f"unknown shape {name!r}; known: {', '.join([*SHAPES, *others])}")
     return SHAPES[name]
 
 

@@ -302,8 +302,9 @@ def build(plan: Plan, found: Capture, off: frozenset[str]) -> Plan:
     for rules in PLANS[plan.name]:
         plan.verdicts += run(plan.gm.graph, [r for r in rules if r.name not in off], found.timings)
         timed(found.timings, "merge_equal_calls", merge_equal_calls, plan.gm.graph)
-    if grown := [(now, most) for size, most in zip(sizes, allowed, strict=True) if (now := plan.sent(size)[0]) > most]:
-        plan.refused = "its passes would send {} bytes instead of {}".format(*grown[-1])
+    sent = [plan.sent(size)[0] for size in sizes]
+    if grown := [(now, most, found.tokens(n)) for n, now, most in zip(sizes, sent, allowed, strict=True) if now > most]:
+        plan.refused = "its passes would send {} bytes instead of {} for {} tokens".format(*grown[-1])
         plan.gm = compat.graph_module(found.unfused.gm, copy.deepcopy(found.unfused.gm.graph))
         plan.symbol, plan.multiple, plan._wire, plan.verdicts = found.unfused.symbol, 1, None, []
     plan.gm.recompile()
