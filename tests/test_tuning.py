@@ -21,13 +21,14 @@ from fusewire.compiler.capture import compile
 from fusewire.compiler.explain import explain
 from fusewire.config import GLOO, NVLINK, Config, Link
 from fusewire.engine.explain import explain_model
-from fusewire.engine.tune import random, tune
+from fusewire.engine.tune import calls_of, inputs, random, tune
 from fusewire.errors import InputError, MismatchError
 from fusewire.models import parallelize
 from fusewire.op import Backend, op_of
 from fusewire.ops.collectives import reduce_scatter
 from fusewire.ops.dense import matmul
 from fusewire.ops.fused import matmul_reduce_scatter as OP
+from fusewire.ops.moe import expert_parallel
 from fusewire.tuning import Tuning
 
 ran: list[str] = []
@@ -395,7 +396,7 @@ def test_tune_measures_what_could_run_and_the_file_decides(g, monkeypatch, tmp_p
     use(monkeypatch, slow("sleepy", 0.03), REFUSES)
     monkeypatch.setattr(OP, "reference", lambda *args: None)
     monkeypatch.setattr(OP, "_reference", dataclasses.replace(OP._reference, run=lambda *args: time.sleep(0.001)))
-    monkeypatch.setattr(timing, "ROUND_S", 1e-3)
+    monkeypatch.setitem(timing.ROUND_S, "cpu", 1e-3)
     said: list[str] = []
     found = tune(folder, g, "fp8", torch.device("cpu"), (1, 4, 8), said.append)
     assert (found.gpu, found.world_size, found.loopback) == ("cpu", 2, True)
@@ -415,10 +416,10 @@ def test_tune_measures_what_could_run_and_the_file_decides(g, monkeypatch, tmp_p
                                   for names, how in runs)
 
 
-def written_model(tmp_path):
+def written_model(tmp_path, family: str = "llama", **sizes):
     folder = tmp_path / "m"
     folder.mkdir()
-    (folder / "config.json").write_text(tiny.config("llama").to_json_string(use_diff=False))
+    (folder / "config.json").write_text(tiny.config(family, **sizes).to_json_string(use_diff=False))
     return folder
 
 
@@ -472,3 +473,23 @@ def test_ranks_tune_alike():
 
     first, second = run_ranks(program, 2)
     assert first == second and first[1] > 20e3, "the slower rank counts"
+
+
+@pytest.mark.dist
+def test_transports_of_experts_are_tuned():
+    """Both are measured on experts that tokens are for, and the file decides."""
+    def program(rank):
+        with tempfile.TemporaryDirectory() as d:
+            folder = written_model(Path(d), "qwen3_moe", **tiny.MOE["qwen3_moe"], head_dim=32)
+            g, cpu = group.resolve(dist.group.WORLD.group_name), torch.device("cpu")
+            _, calls = calls_of(folder, 2, "fp8_token", cpu, 8)
+            [call] = [c for c in calls.values() if c.op is expert_parallel]
+            args = next(inputs(call, 8, g, cpu))
+            found = tune(folder, g, "fp8_token", cpu, (8,))
+        [sizes] = found.us.values()
+        return [int(args[call.op.params.index("first")]), float(expert_parallel.reference(*args).abs().amax(1).min()),
+                {b.name: b.asks for b in expert_parallel.backends if b.name in sizes[4]}, sorted(sizes[4])]
+
+    for rank, (first, least, asks, names) in enumerate(run_ranks(program, 2)):
+        assert first == 8 * rank and least > 0, "every token has an expert"
+        assert asks == {"all_to_all": True} and names == ["all_to_all", "reference"]

@@ -52,6 +52,7 @@ class Backend:
     nbytes    (*args) -> bytes of the group's workspace that a call needs; sizes may be symbolic. None: it needs no workspace.
     seconds   (usage) -> how long a call takes if nothing was measured; None: nobody knows
     wire      (*args) -> (bytes, messages) that one rank sends, where these are not the unfused program's
+    asks      it asks the device for sizes, so a CUDA graph cannot hold it
     """
 
     name: str
@@ -61,6 +62,7 @@ class Backend:
     nbytes: Callable[..., int] | None = None
     seconds: Callable[[Usage], float] | None = None
     wire: Callable[..., tuple[int, int]] | None = None
+    asks: bool = False
 
 
 def seconds_of_program(u: Usage) -> float:
@@ -139,13 +141,13 @@ class Op:
     def backend(self, name: str, supports: Callable[..., str | None] = lambda *args: None,
                 nbytes: Callable[..., int] | None = None,
                 seconds: Callable[[Usage], float] | None = None,
-                wire: Callable[..., tuple[int, int]] | None = None) -> Callable[[Callable], Callable]:
+                wire: Callable[..., tuple[int, int]] | None = None, asks: bool = False) -> Callable[[Callable], Callable]:
         """Register an implementation, see `Backend`; its schema must equal the reference's."""
 
         def register(run: Callable) -> Callable:
             if (schema := infer_schema(run, mutates_args=())) != self.schema:
                 raise TypeError(f"{self.name}.{name}: {schema} is not {self.schema}")
-            self.backends.append(Backend(name, run, supports, self._define(name, run), nbytes, seconds, wire))
+            self.backends.append(Backend(name, run, supports, self._define(name, run), nbytes, seconds, wire, asks))
             self._remembered.clear()
             return run
 

@@ -35,7 +35,7 @@ def _wire(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, 
     return moe.transports(x, weight, k, gate[0].shape[0], fmt, tokens, world)["all_to_all"]
 
 
-@expert_parallel.backend("all_to_all", supports=_why_not, seconds=seconds_of_program, wire=_wire)
+@expert_parallel.backend("all_to_all", supports=_why_not, seconds=seconds_of_program, wire=_wire, asks=True)
 def all_to_all(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
                mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> Tensor:

@@ -15,12 +15,13 @@ from .. import group as groups
 from .. import timing, tuning
 from ..backends import workspace
 from ..compiler.capture import compile
-from ..compiler.plan import Capture, Plan
+from ..compiler.plan import Plan
 from ..compiler.rewrite import val
 from ..config import Config
 from ..group import Group
 from ..models.skeleton import skeleton
 from ..op import Op, op_of
+from ..ops.moe import place
 from .explain import capture_prompt
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -37,8 +38,10 @@ class Call:
     plan: Plan
 
 
-def calls_of(path: str | Path, world_size: int, quantization: str | None, device: torch.device) -> tuple[Capture, dict[str, Call]]:
-    """(a captured prompt, `Op.call` -> that call), of a model's config alone: the calls that could run by several backends."""
+def calls_of(path: str | Path, world_size: int, quantization: str | None, device: torch.device,
+             tokens: int) -> tuple[int, dict[str, Call]]:
+    """(bytes of the workspace that a run of `tokens` needs, `Op.call` -> that call), of a model's config alone: the calls that
+    could run by several backends."""
     group = groups.fake_group(world_size)
     try:
         compiled = compile(skeleton(path, group, quantization).model, Config())
@@ -50,7 +53,7 @@ def calls_of(path: str | Path, world_size: int, quantization: str | None, device
                 o, args = op_of(n), val(n.args)
                 if any(b.supports(*args) is None for b in o.backends):
                     calls.setdefault(o.call(*args, at=plan.at(plan.multiple))[0], Call(o, args, plan))
-        return found, calls
+        return max(found.workspace_bytes(tokens).values(), default=0), calls
     finally:
         groups.close(group)
 
@@ -62,11 +65,12 @@ def tune(path: str | Path, group: Group, quantization: str | None, device: torch
     group  the ranks, which all call this alike and get the same answer; a loopback group's is marked
     tell   told what is measured next
 
-    Where an op has one candidate only, there is nothing to measure. InputError as `explain_model` raises it.
+    Where an op has one candidate only, there is nothing to measure. Where a candidate asks the device for sizes, all are called one
+    by one, else as CUDA graphs. InputError as `explain_model` raises it.
     """
     tokens = sorted(tokens)
-    found, calls = calls_of(path, group.world_size, quantization, device)
-    if need := max(found.workspace_bytes(tokens[-1]).values(), default=0):
+    need, calls = calls_of(path, group.world_size, quantization, device, tokens[-1])
+    if need:
         workspace.try_open(group.name, need, device)
     us: dict[str, dict[int, dict[str, float]]] = {}
     for (text, call), size in itertools.product(calls.items(), tokens):
@@ -77,7 +81,8 @@ def tune(path: str | Path, group: Group, quantization: str | None, device: torch
         if len(able) > 1:
             tell(f"{call.op.name}, {size} tokens")
             at = call.op.call(*sets[0])[1]
-            us.setdefault(text, {})[at] = timing.measure({b.name: _in_turns(b.run, sets) for b in able}, group, device=device)
+            us.setdefault(text, {})[at] = timing.measure({b.name: _in_turns(b.run, sets) for b in able}, group, device=device,
+                                                         graph=not any(b.asks for b in able))
     return tuning.Tuning(tuning.gpu_name(device), group.world_size, groups.kind(group.name) == "loopback", torch.__version__,
                          datetime.date.today().isoformat(), us)
 
@@ -97,6 +102,8 @@ def inputs(call: Call, tokens: int, group: Group, device: torch.device) -> Itera
 
         args = [real(a) for a in call.args]
         args[call.op.params.index("group")] = group.name
+        if "first" in call.op.params:  # a rank's own experts: with a random number no token would be for anybody
+            args[call.op.params.index("first")] = place(call.args[call.op.params.index("gate")][0].shape[0], group.name, device)
         yield tuple(args)
         total += sum(t.numel() * t.element_size() for t in made)
         if total > ROTATE_BYTES:
