@@ -186,8 +186,9 @@ class Block:
     """The arguments of `expert_parallel` for one layer of random experts, on each rank."""
 
     def __init__(self, group, fmt: str, dtype: torch.dtype = torch.bfloat16, counts: tuple[int, ...] = (5, 0, 1, 9), n: int = 16,
-                 k: int = 3, hidden: int = 128, mid: int = 64, bias: Tensor | None = None, seed: int = 0, top: int = 2):
-        world = group.world_size
+                 k: int = 3, hidden: int = 128, mid: int = 64, bias: Tensor | None = None, seed: int = 0, top: int = 2,
+                 home: str = "bf16"):
+        self.home, world = home, group.world_size
         g = torch.Generator().manual_seed(seed)
         self.group, self.fmt, self.dtype, self.counts = group, fmt, dtype, list(counts[:world])
         self.x = [torch.randn(c, hidden, generator=g).to(dtype) for c in self.counts]
@@ -202,7 +203,7 @@ class Block:
                                                for ws in quantized.values()), [], "silu", fmt) for r in range(world)]
 
     def args(self, rank: int, counts: bool = True) -> tuple:
-        return self.x[rank], self.params, *self.routing, *self.mine[rank], self.counts if counts else [], self.group.name
+        return self.x[rank], self.params, *self.routing, *self.mine[rank], self.home, self.counts if counts else [], self.group.name
 
     def run(self, f) -> list[Tensor]:
         return simulate(self.group, f)

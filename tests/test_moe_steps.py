@@ -57,7 +57,7 @@ class Layer:
 
     def step(self, x: torch.Tensor, counts: list[int], group: str) -> torch.Tensor:
         return expert_parallel(x, [], self.router, None, 2, 1, 1, 1.0, "softmax_renormalized", self.first, *self.weights, [],
-                               "silu", self.fmt, counts, group)
+                               "silu", self.fmt, "bf16", counts, group)
 
 
 def tokens_of(step: int, rank: int) -> int:

@@ -102,6 +102,11 @@ def chosen(c: Case) -> tuple[Tensor, Tensor]:
     return c.lay(ids.to(torch.uint8)), c.random(c.tokens, CHOSEN, key=13, dtype=torch.float32).abs()
 
 
+def home(c: Case) -> str:
+    """A format in which shares can travel."""
+    return "bf16" if formats.get(c.fmt).params else c.fmt
+
+
 def counts(c: Case) -> list[int]:
     return [c.tokens + r for r in range(c.world)]
 
@@ -151,6 +156,9 @@ SAMPLES = {
     "all_gather_v": Sample(lambda c: iter([
         ([c.random(c.tokens + c.rank, 7), c.random(c.tokens + c.rank, 3, dtype=torch.float32)], counts(c), c.group)]), PLAIN, True),
     "reduce_scatter_v": Sample(lambda c: iter([(c.random(sum(counts(c)), 7), counts(c), c.group)]), PLAIN, True),
+    "combine": Sample(lambda c: iter([(c.random(c.whole, K), home(c), [], c.group),
+                                      (c.random(sum(counts(c)), K), home(c), counts(c), c.group)]), LINEAR, True),
+    "combine_all": Sample(lambda c: iter([(c.random(c.tokens, K), home(c), c.group)]), LINEAR, True),
     "place": Sample(lambda c: iter([(3, c.group, torch.device("cpu"))]), PLAIN, True),
     "grouped_matmul": Sample(lambda c: iter([
         (c.parts(c.tokens), c.params(), stacked(c, N, K, 9), torch.tensor([0, 0, *[c.tokens // 2] * 4, c.tokens - 1, c.tokens - 1])
@@ -158,8 +166,8 @@ SAMPLES = {
     "experts": Sample(lambda c: iter([(c.parts(c.tokens), c.params(), *chosen(c), *expert_weights(c), c.fmt, c.dtype)]), LINEAR),
     "dispatch": Sample(lambda c: iter([(c.random(c.tokens, K), c.params(), *router_args(c), c.fmt, c.group)]), LINEAR, True),
     "expert_parallel": Sample(lambda c: iter([
-        (c.random(c.tokens, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, [], c.group),
-        (c.random(c.tokens + c.rank, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, counts(c), c.group)]),
+        (c.random(c.tokens, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, home(c), [], c.group),
+        (c.random(c.tokens + c.rank, K), c.params(), *router_args(c), *expert_weights(c), c.fmt, home(c), counts(c), c.group)]),
         LINEAR, True),
     "all_reduce_norm_quant": Sample(lambda c: iter([
         (c.random(c.tokens, K), residual, *norm_args(c), c.params(), c.fmt, keep, c.group)

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--prompt", default="The capital of France is", help="the text to continue")
     run.add_argument("--max-tokens", type=_positive, default=24, help="how many tokens to generate (default 24)")
     run.add_argument("--compare", action="store_true", help="run the unfused graph too and say whether the tokens are identical")
+    _combine(run)
     run.add_argument("--timings", action="store_true", help="print the seconds of each compiler pass")
     _choices(run)
     run.set_defaults(main=run_command)
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="say what would be fused, what not and why: no weights, no ranks")
     _model(explain)
     explain.add_argument("--tokens", type=_positive, default=4096, help="tokens of one run (default 4096)")
+    _combine(explain)
     explain.add_argument("--json", action="store_true", help="print JSON instead of tables")
     explain.add_argument("--all-logits", action="store_true", help="logits of every token, not of the last alone")
     explain.add_argument("--timings", action="store_true", help="print the seconds of each compiler pass")
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
                              "(default: half a page of ours)")
     verify.add_argument("--prompt", default="The capital of France is", help="the text whose greedy continuation is compared")
     verify.add_argument("--max-tokens", type=_positive, default=16, help="how many tokens to generate (default 16)")
+    _combine(verify)
     verify.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _choices(verify)
     verify.set_defaults(main=verify_command)
@@ -86,6 +89,12 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("cuda", "cpu"), help="where it runs (default: CUDA devices, if there are any)")
     p.add_argument("--quantization", "-q", metavar="FORMAT",
                    help="quantize a plain checkpoint while loading: fp8, fp8_token, fp8_block, nvfp4, mxfp8 (default: as it is)")
+
+
+def _combine(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--combine", metavar="FORMAT",
+                   help="of a mixture of experts: quantize experts' shares before they travel: fp8_token, fp8_block, mxfp8 "
+                        "(default: bf16)")
 
 
 def _choices(p: argparse.ArgumentParser) -> None:
@@ -158,8 +167,10 @@ def checked_model_of(args: argparse.Namespace) -> str:
     from .models.checkpoint import folder_of
     from .models.files import read_json
     from .models.parallelize import format_name
+    from .ops.moe import combine_format
 
     format_name(args.quantization)
+    combine_format(getattr(args, "combine", None))
     folder = folder_of(model_of(args))
     model_config_of(folder, read_json(folder / "config.json"))
     return str(folder)
@@ -193,7 +204,7 @@ def _open(context: Any, model: str, args: argparse.Namespace) -> tuple[Any, Any]
     with _progress(console, context.rank) as bar:
         task = bar.add_task("", total=None)
         session = open_session(model, args.quantization, context, lambda done, total, name: bar.update(
-            task, completed=done, total=total, description=name))
+            task, completed=done, total=total, description=name), args.combine)
     return session, console
 
 
@@ -204,6 +215,7 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
 
     from . import compile, screen
     from .engine.session import run_text
+    from .models import combine_error
 
     session, console = _open(context, model, args)
     ids = session.encode(args.prompt)
@@ -220,6 +232,11 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
     run = run_text(session, compiled, ids, args.max_tokens, context.phase, show)
     compiled.plan = "unfused"  # the same captured graphs, with nothing fused
     unfused = run_text(session, compiled, ids, args.max_tokens, context.phase) if args.compare else None
+    off = None
+    if args.combine:
+        context.phase("comparing the combine with an unquantized one")
+        off = combine_error(session.model, [torch.cat([ids, run.tokens[:, :-1]], 1)])
+        context.phase("idle")
     if context.rank:
         return
     console.out("\n")
@@ -229,6 +246,8 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
                   f"first token after {run.first_s:.1f} s (with compilation), "
                   f"then {run.tokens_per_s:.1f} tokens/s", highlight=False)
     screen.runs(console, run.reports())
+    if off is not None:
+        console.print(off.sentence(), highlight=False)
     if unfused is not None:
         same = torch.equal(run.tokens, unfused.tokens)
         exact = context.device.type == "cpu"  # elsewhere a kernel may round otherwise than the program that it replaces
@@ -253,7 +272,7 @@ def explain_command(args: argparse.Namespace) -> int:
     from .engine.explain import explain_model
 
     report = explain_model(model_of(args), args.tensor_parallel_size, args.tokens, args.quantization, config_of(args),
-                           args.all_logits, device=args.device)
+                           args.all_logits, device=args.device, combine=args.combine)
     if args.json:
         print(json.dumps(report.to_dict(), indent=1))
         return 0
@@ -372,6 +391,8 @@ def verify_rank(context: Any, model: str, args: argparse.Namespace, config: Any)
     else:
         for r in results:
             console.print(r.sentence(), highlight=False)
+        if (off := results[0].combine) is not None:
+            console.print(off.sentence(), highlight=False)
     if bad := [r.plan for r in results if not r.accepted]:
         raise FusewireError(f"the {' and '.join(bad)} plan is not as accurate as the unfused model")
 

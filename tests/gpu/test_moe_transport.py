@@ -134,7 +134,7 @@ def block(rank: int, world: int, fmt: str, counts: list[int], name: str, favour:
         ws = [f.quantize_weight(rows(out, k, what, rank * n + e).contiguous() / k**0.5) for e in range(n)]
         stacks.append([torch.stack(p).cuda() for p in zip(*ws, strict=True)])
     first = torch.tensor(rank * n, device="cuda")
-    return (rows(counts[rank], 512, rank), params_of(fmt), *routing(512, favour=favour), first, *stacks, [], "silu", fmt,
+    return (rows(counts[rank], 512, rank), params_of(fmt), *routing(512, favour=favour), first, *stacks, [], "silu", fmt, "bf16",
             counts if len(set(counts)) > 1 else [], name)
 
 

@@ -13,7 +13,6 @@ from ..ops.moe import (
     expert_parallel,
     experts,
     grouped_matmul,
-    pack,
     quantize_rows,
     route_quantize_pack,
     sort_by_expert,
@@ -23,22 +22,22 @@ from ..ops.moe import (
 
 def _why_not(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
              scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
-             mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> str | None:
+             mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> str | None:
     return "one rank has nobody to send to" if resolve(group).world_size == 1 else None
 
 
 def _wire(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
           scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
-          mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> tuple[int, int]:
+          mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> tuple[int, int]:
     world = resolve(group).world_size
     tokens = sum(counts) // world if counts else x.shape[0]  # the same on every rank, for all must choose the same
-    return moe.transports(x, weight, k, gate[0].shape[0], fmt, tokens, world)["all_to_all"]
+    return moe.transports(x, weight, k, gate[0].shape[0], fmt, tokens, world, home)["all_to_all"]
 
 
 @expert_parallel.backend("all_to_all", supports=_why_not, seconds=seconds_of_program, wire=_wire, asks=True)
 def all_to_all(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
-               mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> Tensor:
+               mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> Tensor:
     g, n = resolve(group), gate[0].shape[0]
     records = route_quantize_pack(x, params, weight, bias, k, groups, top_groups, scale, how, fmt)
     like = moe.record_like(x, weight, k, fmt)
@@ -49,13 +48,18 @@ def all_to_all(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | N
     width = records.shape[1]
     got = g.exchange(torch.cat([records[r] for r in rows]).view(-1), (sent * width).tolist(), (received * width).tolist())
     *parts, weights, ids = unpack(got.view(-1, width), like)
-    shares = pack([experts(parts, params, ids, weights, first, gate, up, down, mid_params, act, fmt, x.dtype)])
-    width = shares.shape[1]
-    back = g.exchange(shares.view(-1), (received * width).tolist(), (sent * width).tolist()).view(-1, width).view(x.dtype)
-    total = x.new_zeros((x.shape[0], back.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    for r, share in zip(rows, back.split(sent.tolist()), strict=True):  # in rank order, as the reduce_scatter adds
-        total[r] += share
-    return total.to(x.dtype)
+    shares = experts(parts, params, ids, weights, first, gate, up, down, mid_params, act, fmt, x.dtype)
+
+    def added(form: str) -> Tensor:
+        packed = moe.packed_shares(shares, form)
+        width = packed.shape[1]
+        back = g.exchange(packed.view(-1), (received * width).tolist(), (sent * width).tolist()).view(-1, width)
+        total = x.new_zeros((x.shape[0], shares.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+        for r, share in zip(rows, back.split(sent.tolist()), strict=True):  # in rank order, as the reduce_scatter adds
+            total[r] += moe.unpacked_shares(share, shares, form)
+        return total
+
+    return moe.brought_home(added, home, group).to(x.dtype)
 
 
 def _why_not_static(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],

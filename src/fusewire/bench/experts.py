@@ -35,7 +35,7 @@ def gather_first(gather: Callable[[Tensor], Tensor] | None, x: Tensor, params: l
     """expert_parallel, whose arguments it takes, as it is without Fusewire: tokens and logits travel, what came is routed and
     quantized, and the library adds the shares. `gather=None`: no tokens travel, the experts' are this rank's, repeated."""
     routing: Any = args[:7]
-    (weight, _, k, *_), (fmt, _, group) = routing, args[-3:]
+    (weight, _, k, *_), (fmt, _, _, group) = routing, args[-4:]
     gather = gather or (lambda t: t.repeat(world_size(group), 1))
     scores = triton.logits(x, weight) if x.is_cuda else moe.logits(x, weight)
     came = records(gather(x), gather(scores), params, *(*routing, fmt))
@@ -47,7 +47,7 @@ def gather_first(gather: Callable[[Tensor], Tensor] | None, x: Tensor, params: l
 def without_dispatch(loop: str, x: Tensor, params: list[Tensor], *args: Any) -> Tensor:
     """expert_parallel whose tokens go no farther than the loopback group `loop`: what it would push, the kernel stores here."""
     routing: Any = args[:7]
-    fmt, _, group = args[-3:]
+    fmt, _, _, group = args[-4:]
     if workspace.find(loop) is None:
         *parts, ids, weights = dispatch(x, params, *routing, fmt, loop)
     else:
@@ -68,7 +68,7 @@ def programs(plan: Plan, tokens: int, device: torch.device) -> dict[str, Plan]:
     loop = groups.loopback_group(world).name
     groups.on_close(group, lambda: groups.close(groups.resolve(loop)))
     if device.type == "cuda":
-        x, _, weight, _, k, *_, fmt, _, _ = (a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in calls[0].args)
+        x, _, weight, _, k, *_, fmt, _, _, _ = (a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in calls[0].args)
         some = torch.empty(tokens, x.shape[1], dtype=x.dtype, device="meta")
         workspace.open(loop, transport.push_bytes(some, weight, k, fmt, [], loop), device)
 

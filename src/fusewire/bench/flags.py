@@ -53,6 +53,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                      help="tokens of each rank (default 1,4,16,64,256,512,...,8192)")
     moe.add_argument("--parts", type=names, metavar="PART,...",
                      help="of exchange, and, on one GPU, pack, grouped_matmul (default: the first; with --loopback all)")
+    moe.add_argument("--combine", type=names, default="", metavar="FORMAT,...",
+                     help="also bring shares home quantized, in these: fp8_token, fp8_block, mxfp8")
     moe.set_defaults(main=_moe)
 
     for p in (ops, model, moe):

@@ -54,6 +54,7 @@ def command(args: argparse.Namespace) -> int:
     for fmt in args.formats:
         if formats.get(fmt).layout != "linear":
             raise InputError(f"{fmt} does not travel: its scales are swizzled; give a format with linear ones")
+    args.combine = [fmt for fmt in map(moe.combine_format, args.combine) if fmt != "bf16"]  # which is measured anyway
     if unknown := [p for p in args.parts or () if p not in PARTS]:
         raise InputError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     args.parts = args.parts or (PARTS if args.loopback else PARTS[:1])
@@ -94,9 +95,13 @@ def rank(context: Any, args: argparse.Namespace) -> None:
             open_workspace(group, max(args.tokens), args.formats, device)
             for tokens in args.tokens:
                 context.phase(f"measuring the exchange of {tokens} tokens")
-                for line in exchange(group, device, tokens, args.formats, link, out, wrong):
+                for line in exchange(group, device, tokens, args.formats, args.combine, link, out, wrong):
                     keep(line | about)
         print_lines(console, lines)
+        for line in lines:
+            if "combine_error" in line:
+                console.print(f"combine in {line['format']}, {line['tokens']} tokens: off by {line['combine_error']:.1e} of its "
+                              "size (root mean square)", highlight=False)
         for why in out:
             console.print(f"not measured: {why}")
         if wrong:
@@ -113,15 +118,18 @@ def open_workspace(group: Group, tokens: int, fmts: list[str], device: torch.dev
         workspace.open(group.name, max(pushed, group.world_size * tokens * HIDDEN * 2), device)
 
 
-def exchange(group: Group, device: torch.device, tokens: int, fmts: list[str], link: float | None, out: dict[str, None],
-             wrong: list[str]) -> Iterator[dict[str, Any]]:
-    """Lines of all ways that are right, `tokens` being those of each rank; others get a sentence in `out` or `wrong`."""
+def exchange(group: Group, device: torch.device, tokens: int, fmts: list[str], homes: list[str], link: float | None,
+             out: dict[str, None], wrong: list[str]) -> Iterator[dict[str, Any]]:
+    """Lines of all ways that are right, `tokens` being those of each rank, `homes` formats of quantized combines; others get a
+    sentence in `out` or `wrong`."""
     sets = inputs(group, tokens, device)
     found: dict[tuple[str, str], list[Way]] = {}
-    for way in [*dispatches(group, sets, fmts, out), *combines(group, sets, out)]:
+    for way in [*dispatches(group, sets, fmts, out), *combines(group, sets, homes, out)]:
         found.setdefault((way.what, way.fmt), []).append(way)
     for (what, fmt), same in found.items():
-        expected, right = same[0].run(1), []
+        with moe.watch_combine() as seen:
+            expected, right = same[0].run(1), list[Way]()
+        off = {"combine_error": (seen[0][0] / seen[0][1]) ** 0.5} if seen else {}
         for way in same:
             if why := why_wrong(way, expected, sets, group, device):
                 wrong.append(f"{way.candidate} of {what} in {fmt}, {tokens} tokens: {why}")
@@ -133,7 +141,7 @@ def exchange(group: Group, device: torch.device, tokens: int, fmts: list[str], l
             wire = (group.world_size - 1) * tokens * w.bytes_per_token
             yield {"suite": "moe", "what": what, "format": fmt, "world_size": group.world_size, "tokens": tokens,
                    "candidate": w.candidate, "us": round(us[w.candidate], 2), "bytes_per_token": w.bytes_per_token,
-                   "wire_us": round(wire / link * 1e6, 2) if link else None}
+                   "wire_us": round(wire / link * 1e6, 2) if link else None} | off
 
 
 def inputs(group: Group, tokens: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -186,8 +194,8 @@ def dispatches(group: Group, sets: list[tuple], fmts: list[str], out: dict[str, 
         out.update({f"dispatch, {why}": None for why in refused})
 
 
-def combines(group: Group, sets: list[tuple], out: dict[str, None]) -> Iterator[Way]:
-    """The experts' shares, added in rank order as the reference has it and over the workspace; and by the library."""
+def combines(group: Group, sets: list[tuple], homes: list[str], out: dict[str, None]) -> Iterator[Way]:
+    """The experts' shares, added in rank order as the reference has it and over the workspace; by the library; and quantized."""
     nbytes = 2 * HIDDEN
     yield Way("combine", "bf16", "reference", nbytes, lambda i: [reduce_scatter(sets[i][4], group.name)])
     if group.name in groups.workspaces:
@@ -201,6 +209,11 @@ def combines(group: Group, sets: list[tuple], out: dict[str, None]) -> Iterator[
             return [y]
 
         yield Way("combine", "bf16", name, nbytes, scatter, exact=False)
+    for fmt in homes:
+        def quantized(i: int, fmt: str = fmt) -> list[Tensor]:
+            return [moe.combine(sets[i][4], fmt, [], group.name)]
+
+        yield Way("combine", fmt, "reference", moe.share_bytes(sets[0][0], fmt), quantized)
 
 
 def library(group: Group) -> str | None:

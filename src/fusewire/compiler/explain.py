@@ -11,9 +11,10 @@ from ..config import Link
 from ..errors import InputError, StrictError
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter
+from ..ops.moe import combine, combine_all
 from .cost import seconds
 from .lower import choice
-from .plan import Capture, Plan, Site
+from .plan import COLLECTIVES, Capture, Plan, Site
 from .rewrite import Verdict
 
 FUSING = {"fuse_all_gather_matmul", "fuse_matmul_reduce_scatter", "fuse_all_reduce_norm_quant", "fuse_dispatch",
@@ -155,14 +156,14 @@ def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
     nodes = [n for n in plan.gm.graph.nodes if op_of(n) and site.index in n.meta.get("sites", ())[-1:]
              and "group" in op_of(n).params]
     verdicts = [v for v in plan.verdicts if site.index in v.sites[-1:]]
-    made = [n for n in nodes if op_of(n) not in (all_reduce, all_gather, reduce_scatter)]
+    made = [n for n in nodes if op_of(n) not in COLLECTIVES]
     whys, missed, avoidable = [], False, False
     for n in nodes:
-        if (o := op_of(n)) in (all_reduce, all_gather, reduce_scatter):
+        if (o := op_of(n)) in COLLECTIVES:
             why, can = _leftover(found, plan, n, verdicts, size)
             whys.append(f"{o.name} stays: {why}")
             avoidable |= can
-            missed |= can or o is not reduce_scatter
+            missed |= can or o not in (reduce_scatter, combine)
     fusions = list(dict.fromkeys(v.why for v in verdicts if v.kind == "fused" and v.rule in FUSING))
     why = "; ".join([*(f"into {f}" for f in fusions), *whys]) or "nothing of it is left"
     runs = {n: choice(n, plan.at(size)) for n in made or nodes}
@@ -174,7 +175,8 @@ def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
 
 def _leftover(found: Capture, plan: Plan, n: fx.Node, verdicts: list[Verdict], size: int) -> tuple[str, bool]:
     """Why a primitive collective is still there, and whether that could have been avoided."""
-    anchored = {all_reduce: ("fuse_all_reduce_norm_quant", "split_all_reduce"),
+    all_reduces = "fuse_all_reduce_norm_quant", "split_all_reduce"
+    anchored = {all_reduce: all_reduces, combine_all: all_reduces, combine: ("fuse_expert_parallel",),
                 all_gather: ("fuse_dispatch", "fuse_all_gather_matmul"),
                 reduce_scatter: ("fuse_expert_parallel", "fuse_matmul_reduce_scatter")}[op_of(n)]
     if plan.name == "unfused":

@@ -15,11 +15,14 @@ from .. import compat
 from ..config import GLOO, NVLINK, Config, Link
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter, world_size
+from ..ops.moe import combine, combine_all
 from . import adopt, cost, tokens
 from .lower import choice, lower
 from .passes import PLANS
-from .rewrite import Verdict, merge_equal_calls, outputs, run, val
+from .rewrite import Verdict, arg, merge_equal_calls, outputs, run, val
 
+REDUCTIONS = (all_reduce, reduce_scatter, combine, combine_all)
+COLLECTIVES = (*REDUCTIONS, all_gather)
 MIN_LOCAL_TOKENS = 2  # a size of 1 is special to torch (strides, broadcasting), so sharded graphs are made for two or more
 
 
@@ -192,7 +195,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config, device: torch.devi
     timed(timings, "merge_equal_calls", merge_equal_calls, base.graph)
     verdicts += run(base.graph, [tokens.cancel_views], timings)
 
-    reduced = [n for n in base.graph.nodes if op_of(n) in (all_reduce, reduce_scatter)]
+    reduced = [n for n in base.graph.nodes if op_of(n) in REDUCTIONS]
     sending = reduced or [n for n in base.graph.nodes if op_of(n) is all_gather]  # its sizes are needed to count bytes
     sent = [val(n.args[0] if isinstance(n.args[0], fx.Node) else n.args[0][0]) for n in sending]
     counts = {compat.expression(math.prod(v.shape[:-1])) for v in sent if v.dim() > 1} or {0}
@@ -200,7 +203,7 @@ def capture(gm: fx.GraphModule, inputs: list, config: Config, device: torch.devi
     symbols = {s for c in counts for s in getattr(c, "free_symbols", ())}
     symbol = min(symbols, key=str, default=None)
     readers = [reader(inputs, old) for old, new in shapes.symbols.items() if new in symbols]
-    w = math.lcm(*(world_size(n.args[1]) for n in reduced))
+    w = math.lcm(*(world_size(arg(n, "group")) for n in reduced))
     missing = ""
     if not reduced:
         missing = "the model has no reduction to split"
@@ -253,7 +256,7 @@ def number_sites(graph: fx.Graph) -> list[Site]:
     """Number the collectives in order and write the numbers into the graph."""
     found: list[Site] = []
     for n in graph.nodes:
-        if (o := op_of(n)) in (all_reduce, all_gather, reduce_scatter):
+        if (o := op_of(n)) in COLLECTIVES:
             found.append(Site(len(found), module_of(n), o.name))
             for m in (n, *outputs(n).values()):
                 m.meta["sites"] = (found[-1].index,)

@@ -15,6 +15,7 @@ from .. import compat
 from ..op import op_of
 from ..ops.collectives import all_gather, all_reduce, all_reduce_max
 from ..ops.dense import amax, params_from_amax, relayout
+from ..ops.moe import combine_all
 from .rewrite import Verdict, call, is_aten, outputs, replace, rule, sites_of, val
 
 aten = torch.ops.aten
@@ -102,7 +103,7 @@ def same_on_all_ranks(n: fx.Node, group: str) -> bool:
             continue
         seen.add(m)
         o = op_of(m)
-        if o in (all_reduce, all_gather, all_reduce_max):
+        if o in (all_reduce, combine_all, all_gather, all_reduce_max):
             if m.args[-1] != group:
                 return False
         elif o is not None:

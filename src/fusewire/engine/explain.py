@@ -20,18 +20,20 @@ LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 
 def explain_model(path: str | Path, world_size: int, tokens: int, quantization: str | None = None, config: Config | None = None,
-                  all_logits: bool = False, full: bool = False, device: str | None = None) -> Report:
+                  all_logits: bool = False, full: bool = False, device: str | None = None,
+                  combine: str | None = None) -> Report:
     """What `compile` would do to the model of a folder or hub name on `world_size` ranks, for one prompt of `tokens` tokens.
 
     all_logits  the head computes every token's logits, not the last one's alone
     full        capture every layer instead of one of each kind
     device      "cuda", "cpu", or None: whose backends are shown; CUDA's if there is a CUDA device
+    combine     as for `parallelize`
 
     The wire is taken to be NVLink, unless the config says otherwise. InputError as `load` raises it; only config.json is read.
     """
     group = fake_group(world_size)
     try:
-        model = skeleton(path, group, quantization, full)
+        model = skeleton(path, group, quantization, full, combine)
         compiled = compile(model.model, config or Config())
         capture_prompt(compiled, tokens, all_logits, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         found = compiled.captures[-1]

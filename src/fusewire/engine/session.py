@@ -50,13 +50,15 @@ class Session:
         return ids.to(self.device)
 
 
-def open_session(model: str, quantization: str | None, context: Any, progress: Callable[[int, int, str], None] | None) -> Session:
-    """Load this rank's shard. Before anything is exchanged, the ranks agree on libraries, model and quantization."""
+def open_session(model: str, quantization: str | None, context: Any, progress: Callable[[int, int, str], None] | None,
+                 combine: str | None = None) -> Session:
+    """Load this rank's shard. Before anything is exchanged, the ranks agree on libraries, model, quantization and combine."""
     from transformers import AutoTokenizer
 
     group = resolve(None)
     folder = folder_of(model)
-    facts = {"config.json": read_json(folder / "config.json"), "quantization": quantization, "world_size": context.world_size}
+    facts = {"config.json": read_json(folder / "config.json"), "quantization": quantization, "combine": combine,
+             "world_size": context.world_size}
     agree(group, "libraries", library_facts())
     agree(group, "model", facts)
 
@@ -67,7 +69,7 @@ def open_session(model: str, quantization: str | None, context: Any, progress: C
 
     start = time.perf_counter()
     context.phase(f"loading {folder}")
-    loaded = load(folder, group, quantization, on_tensor, context.device)
+    loaded = load(folder, group, quantization, on_tensor, context.device, combine=combine)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers and tokenizers raise whatever their parsers do

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..compiler.capture import Compiled, compile
 from ..config import Config
 from ..errors import InputError
+from ..models import combine_error
+from ..models.moe import CombineError
 from .session import Session, run_text
 
 CHUNK = 512  # tokens of a text that are read at once
@@ -41,6 +43,7 @@ class Verified:
     max_error     largest |logit difference| over the largest |unfused logit|
     tokens_equal  greedy continuations
     margin        where the greedy continuations first differ: by how much the unfused logits prefer their token, over the largest
+    combine       how far quantized combines are off on the texts, in both graphs alike; None where they are not quantized
     accepted      plain FX on a CPU: every bit equal. Inductor and GPU kernels round elsewhere: the perplexity within 1 % and greedy
                   tokens equal; on a GPU also if they first differ where that is no more than the logits' errors
     """
@@ -57,6 +60,7 @@ class Verified:
     perplexity: float
     perplexity_unfused: float
     margin: float
+    combine: CombineError | None = None
 
     @property
     def accepted(self) -> bool:
@@ -95,6 +99,7 @@ def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts
 
     want_tokens, want = answers("unfused")
     found = []
+    off = combine_error(session.model, batches)
     for plan in plans:
         tokens, got = answers(plan)
         changed = sum(int((~same_bits(a, b)).sum()) for a, b in zip(got, want, strict=True))
@@ -103,7 +108,7 @@ def verify(session: Session, config: Config, prompt: str, max_tokens: int, texts
         found.append(Verified(plan, config.codegen, ids.device.type, len(batches), sum(b.shape[1] for b in batches), changed,
                               sum(a.numel() for a in got), worst / scale if scale else worst, torch.equal(tokens, want_tokens),
                               perplexity(got, batches), perplexity(want, batches),
-                              preference(compiled, ids, want_tokens, tokens)))
+                              preference(compiled, ids, want_tokens, tokens), off))
     return found
 
 

@@ -31,14 +31,15 @@ PLAUSIBLE = 1e-4, 1e3  # largest |weight| of a layer: a scale taken for its reci
 
 def load(path: str | Path, group: Group | dist.ProcessGroup | DeviceMesh | None = None,
          quantization: str | None = None, progress: Callable[[int, int, str], None] | None = None,
-         device: str | torch.device = "cpu", *, dp: int | None = None, tp: int | None = None, ep: int | None = None) -> nn.Module:
+         device: str | torch.device = "cpu", *, dp: int | None = None, tp: int | None = None, ep: int | None = None,
+         combine: str | None = None) -> nn.Module:
     """This rank's shard of the model in a folder, parallelized over `group`.
 
     path          a folder with config.json and *.safetensors, or the name of a model on the Hugging Face hub
     group         as for `parallelize`
     quantization  of a checkpoint of plain floats: as for `parallelize`, done while loading. A quantized checkpoint (FP8 per
                   tensor or per 128x128 block, compressed-tensors FP8 and NVFP4, ModelOpt FP8 and NVFP4) says its own.
-    dp, tp, ep    as for `parallelize`; of a mixture of experts a rank reads its own experts
+    dp, tp, ep, combine    as for `parallelize`; of a mixture of experts a rank reads its own experts
     progress      called as (done, total, name) after each module that has weights
     -> the model on `device`. Its dtype is the config's. `bytes_read` of it is how many bytes of tensors were read.
 
@@ -64,7 +65,7 @@ def load(path: str | Path, group: Group | dist.ProcessGroup | DeviceMesh | None 
         stored[name] = s
         return s.fmt if quant_config is not None else wanted
 
-    shard(model, ranks, format_of, layout(ranks, dp, tp, ep))
+    shard(model, ranks, format_of, layout(ranks, dp, tp, ep, combine))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     if quant_config is not None and all(s == PLAIN for s in stored.values()):

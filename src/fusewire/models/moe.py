@@ -6,6 +6,7 @@ their results brought back; where ranks hold the same ones (`tp`), their shares 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +19,18 @@ from ..errors import FormatError, InputError
 from ..group import Group, grid
 from ..ops.collectives import all_gather, all_reduce, all_reduce_max, reduce_scatter
 from ..ops.dense import amax, params_from_amax, quantize
-from ..ops.moe import ACTIVATIONS, exchange_counts, expert_parallel, experts, place, route
+from ..ops.moe import (
+    ACTIVATIONS,
+    combine,
+    combine_all,
+    combine_format,
+    exchange_counts,
+    expert_parallel,
+    experts,
+    place,
+    route,
+    watch_combine,
+)
 from .slices import Slice, cut, even, has_data, whole
 
 PROJECTIONS = ("gate", "up", "down")
@@ -71,6 +83,7 @@ class Layout:
     tp      the group over which heads and dense layers are cut, whose ranks hold the same tokens; None: nothing of that is cut
     dp      the group of ranks that hold different tokens and the same part of everything else; None: all hold the same tokens
     place   which part of the experts this rank holds, of `parts`: consecutive over `dp`
+    home    the format in which experts' shares travel to the ranks that hold their tokens: over `dp`, or else over `tp`
     counts  tokens of each rank of `dp` in this step; empty: as many on each
     """
 
@@ -78,6 +91,7 @@ class Layout:
     dp: Group | None
     place: int
     parts: int
+    home: str = "bf16"
     counts: list[int] = field(default_factory=list)
 
     def first(self, n: int, device: torch.device) -> Tensor:
@@ -100,9 +114,12 @@ class Layout:
                              "or run the model without compiling it")
 
 
-def layout(group: Group, dp: int | None, tp: int | None, ep: int | None) -> Layout:
-    """The layout of `dp` * `tp` ranks. InputError unless the group has as many, and `ep` says the same."""
-    n = group.world_size
+def layout(group: Group, dp: int | None, tp: int | None, ep: int | None, combine: str | None = None) -> Layout:
+    """The layout of `dp` * `tp` ranks. InputError unless the group has as many, and `ep` says the same, or for a `combine` that
+    cannot be."""
+    n, home = group.world_size, combine_format(combine)
+    if home != "bf16" and n == 1:
+        raise InputError(f"combine={combine!r}: on one rank no experts' shares travel; leave combine out, or start more ranks")
     for name, size in (("dp", dp), ("tp", tp)):
         if size is not None and (size < 1 or n % size):
             raise InputError(f"{n} ranks do not divide into {name}={size}; give {name} a divisor of {n}, or start other ranks")
@@ -113,9 +130,9 @@ def layout(group: Group, dp: int | None, tp: int | None, ep: int | None) -> Layo
     if ep not in (None, n):
         raise InputError(f"ep={ep}: experts are spread over all {n} ranks; leave ep out, or give ep={n}")
     if dp == 1 or tp == 1:
-        return Layout(group if dp == 1 else None, group if dp > 1 else None, group.rank(), n)
+        return Layout(group if dp == 1 else None, group if dp > 1 else None, group.rank(), n, home)
     column, row = grid(group, tp)
-    return Layout(row, column, row.rank() * dp + column.rank(), n)
+    return Layout(row, column, row.rank() * dp + column.rank(), n, home)
 
 
 class Router(nn.Module):
@@ -213,13 +230,14 @@ class MoE(nn.Module):
         y = self.routed(flat)
         if self.shared_experts is not None:
             y = y + self.shared_experts(flat)
-        if self.layout.tp is not None:
-            y = all_reduce(y, self.layout.tp.name)
+        if (over := self.layout).tp is not None:
+            quantized = over.dp is None and over.home != "bf16"
+            y = combine_all(y, over.home, over.tp.name) if quantized else all_reduce(y, over.tp.name)
         return y.view(x.shape)
 
     def routed(self, x: Tensor) -> Tensor:
         """(tokens, hidden) -> the share of the experts of this rank's `dp` group."""
-        e, r, dp = self.experts, self.routing, self.layout.dp
+        e, r, dp, home = self.experts, self.routing, self.layout.dp, self.layout.home
         params = e.static("input")
         if e.params and not params:
             params = params_from_amax(amax(x) if dp is None else all_reduce_max(amax(x), dp.name), e.fmt)
@@ -227,13 +245,14 @@ class MoE(nn.Module):
         first = self.layout.first(e.mine.size, x.device)
         mine = first, *map(e.weights, PROJECTIONS), e.static("down_input"), self.act, e.fmt
         if dp is not None and self.layout.counts:
-            return expert_parallel(x, params, *routed, *mine, self.layout.counts, dp.name)
+            return expert_parallel(x, params, *routed, *mine, home, self.layout.counts, dp.name)
         parts = [x] if e.fmt == "bf16" else quantize(x, params, e.fmt)
         ids, weights = route(x, *routed)
         if dp is None:
             return experts(parts, params, ids, weights, *mine, x.dtype)
         *parts, ids, weights = all_gather([*parts, ids, weights], dp.name)
-        return reduce_scatter(experts(parts, params, ids, weights, *mine, x.dtype), dp.name)
+        shares = experts(parts, params, ids, weights, *mine, x.dtype)
+        return reduce_scatter(shares, dp.name) if home == "bf16" else combine(shares, home, [], dp.name)
 
 
 def idle(model: nn.Module) -> None:
@@ -242,6 +261,37 @@ def idle(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, MoE):
             block(block.gate.weight.new_empty((0, block.gate.weight.shape[1]), dtype=block.experts.dtype))
+
+
+@dataclass(frozen=True)
+class CombineError:
+    """How far experts' sums are off because their shares travelled in `fmt`: root mean square over that of the sums of unquantized
+    shares, both before they are rounded, of all the `layers` with experts and `tokens`."""
+
+    fmt: str
+    error: float
+    tokens: int
+    layers: int
+
+    def sentence(self) -> str:
+        return (f"combine in {self.fmt}: off by {self.error:.1e} of its size (root mean square) over {self.tokens} tokens "
+                f"in {self.layers} layers")
+
+
+def combine_error(model: nn.Module, pieces: list[Tensor]) -> CombineError | None:
+    """Run a model (not a compiled one) on (1, n) token ids, piece by piece, and compare its combines with unquantized ones; None if
+    they are not quantized. All ranks do it together, each with tokens; where they hold their own, those of the `dp` group count."""
+    blocks = [m for m in model.modules() if isinstance(m, MoE)]
+    if not blocks or (over := blocks[0].layout).home == "bf16":
+        return None
+    with torch.no_grad(), watch_combine() as seen:
+        for ids in pieces:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    off, size = sum(o for o, _ in seen), sum(s for _, s in seen)
+    tokens = sum(ids.shape[1] for ids in pieces)
+    if over.dp is not None:
+        tokens = sum(exchange_counts(tokens, over.dp.name))
+    return CombineError(over.home, math.sqrt(off / size) if size else 0.0, tokens, len(blocks))
 
 
 def is_moe(module: nn.Module) -> bool:
@@ -269,6 +319,9 @@ def replace_blocks(model: nn.Module, over: Layout, format_of: Callable[[str], st
         if n % over.parts:
             raise InputError(f"{name}: {n} experts do not divide over {over.parts} ranks; use another number of ranks")
         held = format_of(stored_name(f"{name}.experts", family, 0, "gate"))
+        if hidden % (needed := formats.get(over.home).k_multiple):
+            raise FormatError(f"{name}: combine={over.home!r} needs a multiple of {needed} hidden features and there are {hidden}; "
+                              "use another format")
         own = Experts(f"{name}.experts", family, even(n, over.place, over.parts), n, hidden, intermediate, held,
                       block.experts.down_proj)
         own.fill(block.experts.gate_up_proj, block.experts.down_proj)

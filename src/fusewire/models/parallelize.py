@@ -31,7 +31,7 @@ REPLICATED = ("replicated", "replicated_with_grad_allreduce")
 
 
 def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | DeviceMesh | None = None, quantization: str | None = None, *,
-                dp: int | None = None, tp: int | None = None, ep: int | None = None) -> nn.Module:
+                dp: int | None = None, tp: int | None = None, ep: int | None = None, combine: str | None = None) -> nn.Module:
     """Cut a causal LM over `group`, in place, and quantize its linear layers on this rank.
 
     model         a Hugging Face decoder with a tensor-parallel plan and float weights; on the meta device, or made of fake
@@ -44,15 +44,20 @@ def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | DeviceMesh 
                   rows have tokens of their own, which may differ in number (none too) as long as the model is not compiled.
                   None: dp = 1, or whatever the ranks leave of the other
     ep            over how many ranks experts are spread: always all of them
+    combine       the format in which experts' shares travel to the ranks that hold their tokens and add them, in float32: None
+                  (= "bf16": their own dtype), or one that quantizes row by row, "fp8_token", "fp8_block" or "mxfp8". With tp alone
+                  these are a rank's shares of the whole block, shared experts included; what a row of dp * tp ranks adds stays as
+                  it is. `fusewire.models.combine_error` measures what that changes.
     -> the same model, in eval mode, without gradients; logits equal the whole model's up to the order of summation.
        `static_cache` makes its KV cache.
 
-    InputError for an unknown quantization, a model without a plan or with a style, an attention or a mixture of experts that is
-    not known here, and sizes that do not divide; FormatError for a number of input features on a rank that the format cannot hold.
+    InputError for an unknown quantization or combine, a combine where no shares travel, a model without a plan or with a style, an
+    attention or a mixture of experts that is not known here, and sizes that do not divide; FormatError for a number of input
+    features on a rank that the format cannot hold.
     """
     fmt = format_name(quantization)
     found, dp, tp = over_mesh(group, dp, tp) if isinstance(group, DeviceMesh) else (resolve(group), dp, tp)
-    return shard(model, found, lambda name: fmt, moe.layout(found, dp, tp, ep))
+    return shard(model, found, lambda name: fmt, moe.layout(found, dp, tp, ep, combine))
 
 
 def format_name(quantization: str | None) -> str:
@@ -117,6 +122,8 @@ def shard(model: nn.Module, ranks: Group, format_of: Callable[[str], str], over:
     over = over or moe.layout(ranks, None, None, None)
     model.requires_grad_(False).eval()
     blocks = moe.replace_blocks(model, over, format_of)
+    if over.home != "bf16" and not blocks:
+        raise InputError(f"combine={over.home!r}: {type(model).__name__} has no experts whose shares travel; leave combine out")
     group = over.tp or (ranks if over.dp is None else None)  # None: nothing but the experts is cut
     styles = _styles(model)
     if blocks or group is None:  # attention without a plan is whole on every rank, and quantized like the rest

@@ -13,7 +13,7 @@ from ..group import Group
 from .checkpoint import config_of, empty_model, folder_of, same_inputs
 from .files import read_json
 from .layers import ShardedLinear
-from .moe import Experts, is_moe
+from .moe import Experts, is_moe, layout
 from .parallelize import format_name, shard
 from .stored import PLAIN, stored_of
 
@@ -31,7 +31,8 @@ class Skeleton:
     stands_for: dict[int, list[int]]
 
 
-def skeleton(path: str | Path, group: Group, quantization: str | None = None, full: bool = False) -> Skeleton:
+def skeleton(path: str | Path, group: Group, quantization: str | None = None, full: bool = False,
+             combine: str | None = None) -> Skeleton:
     """The model of a folder or hub name, cut over a (fake) group; only config.json is read.
 
     Of a periodic stack of layer kinds (attention type, how each linear is held) it keeps the first layer, one period and the
@@ -57,7 +58,7 @@ def skeleton(path: str | Path, group: Group, quantization: str | None = None, fu
         stored[name] = given(name)
         return stored[name].fmt if quant_config is not None else wanted
 
-    shard(model, group, format_of)
+    shard(model, group, format_of, layout(group, None, None, None, combine))
     for name, module in model.named_modules():
         if isinstance(module, ShardedLinear) and stored.get(name, PLAIN).inputs:
             for param in module.param_names:

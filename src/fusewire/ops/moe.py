@@ -4,13 +4,15 @@ A *record* is all that travels of one token, as bytes in a row: its parts (see `
 (float32 each), then their ids. The all-gather transport sends every record to every rank; each rank multiplies what its
 own experts were chosen for, and a reduce_scatter adds the ranks' shares. The all-to-all transport sends a record only to the
 ranks whose experts it names, and gets one row back from each of them. Both give the same bits: an expert sees the same rows
-in the same order, and shares are added in rank order.
+in the same order, and shares are added in rank order. On request shares are quantized row by row for their way home.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from .. import formats
 from ..errors import InputError
 from ..group import resolve
 from ..op import op
-from .collectives import all_gather, nbytes, reduce_scatter
+from .collectives import all_gather, nbytes, reduce_scatter, world_size
 from .dense import matmul, quantize
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -142,11 +144,15 @@ def _quantized(x: Tensor, params: list[Tensor], fmt: str) -> list[Tensor]:
     return [x] if fmt == "bf16" else quantize(x, params, fmt)
 
 
+def _parts_like(x: Tensor, fmt: str) -> list[Tensor]:
+    """Empty tensors of no token with the dtypes and widths of the parts of x."""
+    f = formats.get(fmt)
+    return [x.new_empty((0, p.shape(1, x.shape[1])[1]), dtype=x.dtype if fmt == "bf16" else p.dtype) for p in f.parts]
+
+
 def record_like(x: Tensor, weight: Tensor, k: int, fmt: str) -> list[Tensor]:
     """Empty tensors of no token with the dtypes and widths of a record's fields."""
-    f = formats.get(fmt)
-    parts = [x.new_empty((0, p.shape(1, x.shape[1])[1]), dtype=x.dtype if fmt == "bf16" else p.dtype) for p in f.parts]
-    return [*parts, x.new_empty((0, k), dtype=torch.float32), x.new_empty((0, k), dtype=id_dtype(weight.shape[0]))]
+    return [*_parts_like(x, fmt), x.new_empty((0, k), dtype=torch.float32), x.new_empty((0, k), dtype=id_dtype(weight.shape[0]))]
 
 
 def record_bytes(x: Tensor, weight: Tensor, k: int, fmt: str) -> int:
@@ -206,24 +212,115 @@ def all_gather_v(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]
 def reduce_scatter_v(x: Tensor, counts: list[int], group: str) -> Tensor:
     """(sum of counts, n) -> (counts[rank], n): the sum over ranks of this rank's rows, the bits of `reduce_scatter`."""
     _check_counts([x], counts, group, "reduce_scatter_v", whole=True)
-    g, rows = resolve(group), _row_bytes(x)
+    return _added(x, "bf16", counts, group).to(x.dtype)
+
+
+def _added(x: Tensor, fmt: str, counts: list[int], group: str) -> Tensor:
+    """`reduce_scatter_v` of shares that travel in a format, before it rounds: float32 at least."""
+    g, rows = resolve(group), packed_shares(x, fmt)
     width, mine = rows.shape[1], counts[g.rank()]
     got = g.exchange(rows.view(-1), [c * width for c in counts], [mine * width] * g.world_size)
-    return _sum_of(got.view(g.world_size, mine, width).view(x.dtype), x.dtype)
-
-
-def _sum_of(shares: Tensor, dtype: torch.dtype) -> Tensor:
-    """(ranks, rows, n) added in rank order, in float32 at least, and rounded."""
-    total = shares[0].to(torch.promote_types(dtype, torch.float32), copy=True)
-    for share in shares[1:]:
-        total += share
-    return total.to(dtype)
+    first, *others = got.view(g.world_size, mine, width)
+    total = unpacked_shares(first, x, fmt).to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    for share in others:
+        total += unpacked_shares(share, x, fmt)
+    return total
 
 
 def exchange_counts(tokens: int, group: str) -> list[int]:
     """How many tokens each rank holds, on every rank: 8 bytes from each, once a step."""
     g = resolve(group)
     return g.all_gather(torch.tensor([tokens]).view(torch.uint8)).view(torch.int64).tolist()
+
+
+# --- shares on their way home
+
+
+def combine_format(name: str | None) -> str:
+    """The format in which shares travel that a `combine` argument means, None being bf16; InputError lists them."""
+    known = [f.name for f in formats.FORMATS.values() if f.layout == "linear" and not f.params]
+    if (name or "bf16") not in known:
+        raise InputError(f"combine={name!r}: experts' shares travel in a format that quantizes row by row, with linear scales and "
+                         f"no static one; choose one of {', '.join(known)}")
+    return name or "bf16"
+
+
+def packed_shares(x: Tensor, fmt: str) -> Tensor:
+    """Shares (rows, n) as they travel, codes and scales of a row together: uint8 (rows, bytes)."""
+    return _row_bytes(x) if fmt == "bf16" else pack(quantize(x, [], combine_format(fmt)))
+
+
+def unpacked_shares(rows: Tensor, like: Tensor, fmt: str) -> Tensor:
+    """The shares in rows of `packed_shares`: float32, or in bf16 of the dtype of `like`, which has their width."""
+    if fmt == "bf16":
+        return rows.view(like.dtype)
+    return formats.get(fmt).dequantize(unpack(rows, _parts_like(like, fmt)), [])
+
+
+def share_bytes(x: Tensor, fmt: str) -> int:
+    """Bytes of one row of shares."""
+    return x.shape[1] * x.element_size() if fmt == "bf16" else formats.nbytes(formats.get(fmt), 1, x.shape[1])
+
+
+_watched: ContextVar[list[tuple[float, float]] | None] = ContextVar("watched", default=None)
+
+
+@contextlib.contextmanager
+def watch_combine() -> Iterator[list[tuple[float, float]]]:
+    """Within it each combine that travels quantized sends its shares as they are, too, and adds to the list, before either sum is
+    rounded: (the squares of what it is off by, the squares of the unquantized sum), each added up over the ranks of its group.
+    For this thread; every rank of the group does it alike."""
+    seen: list[tuple[float, float]] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
+
+
+def brought_home(add: Callable[[str], Tensor], fmt: str, group: str) -> Tensor:
+    """add(fmt), the sum of shares that travelled in a format; `watch_combine` compares it with add("bf16")."""
+    total = add(fmt)
+    if fmt != "bf16" and (seen := _watched.get()) is not None:
+        exact = add("bf16").double()
+        mine = torch.stack([(total - exact).square().sum(), exact.square().sum()])
+        off, size = resolve(group).all_gather(mine.view(torch.uint8)).view(torch.float64).view(-1, 2).sum(0).tolist()
+        seen.append((off, size))
+    return total
+
+
+def _combined(x: Tensor, fmt: str, counts: list[int], group: str) -> Tensor:
+    g = resolve(group)
+    return x.new_empty((counts[g.rank()] if counts else x.shape[0] // g.world_size, *x.shape[1:]))
+
+
+def _combine_bytes(x: Tensor, fmt: str, counts: list[int], group: str) -> int:
+    world = world_size(group)
+    return (world - 1) * (sum(counts) // world if counts else x.shape[0] // world) * share_bytes(x, fmt)
+
+
+@op(fake=_combined, wire=_combine_bytes)
+def combine(x: Tensor, fmt: str, counts: list[int], group: str) -> Tensor:
+    """`reduce_scatter` of experts' shares, or `reduce_scatter_v` if there are counts, each quantized row by row before it travels.
+
+    x    (tokens of all ranks, n); where its rows are zero, nothing is added
+    fmt  see `combine_format`
+    -> (tokens of this rank, n): dequantized, added in rank order in float32, rounded once
+    """
+    if not counts and x.shape[0] % (w := world_size(group)):
+        raise InputError(f"combine: {x.shape[0]} tokens do not divide over {w} ranks; give the counts of the ranks")
+    counts = counts or [x.shape[0] // w] * w
+    _check_counts([x], counts, group, "combine", whole=True)
+    return brought_home(lambda f: _added(x, f, counts, group), fmt, group).to(x.dtype)
+
+
+@op(fake=lambda x, fmt, group: torch.empty_like(x, memory_format=torch.contiguous_format),
+    wire=lambda x, fmt, group: (world_size(group) - 1) * -(-x.shape[0] // world_size(group))
+    * (share_bytes(x, fmt) + share_bytes(x, "bf16")))
+def combine_all(x: Tensor, fmt: str, group: str) -> Tensor:
+    """`all_reduce` of (tokens, n) shares: `combine` and `all_gather`, of as many rows more as the ranks need to divide them."""
+    rows = F.pad(x, (0, 0, 0, -x.shape[0] % world_size(group)))
+    return all_gather([combine(rows, fmt, [], group)], group)[0][:x.shape[0]]
 
 
 # --- experts
@@ -342,10 +439,11 @@ def dispatch(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | Non
 @op(rows=("x",))
 def expert_parallel(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                     scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
-                    mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> Tensor:
+                    mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> Tensor:
     """`dispatch`, `experts` of the ranks and `reduce_scatter` (see there): (tokens, hidden) -> (tokens, hidden) of x's dtype.
 
     first   of this rank r; the others of the group hold the experts first + n * (s - r), n being how many this rank has
+    home    the format in which shares travel: bf16, or `combine` instead of the reduce_scatter
     counts  tokens of each rank; empty: all hold as many
     """
     if counts:
@@ -355,6 +453,8 @@ def expert_parallel(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tenso
     else:
         *parts, ids, weights = dispatch(x, params, weight, bias, k, groups, top_groups, scale, how, fmt, group)
     shares = experts(parts, params, ids, weights, first, gate, up, down, mid_params, act, fmt, x.dtype)
+    if home != "bf16":
+        return combine(shares, home, counts, group)
     return reduce_scatter_v(shares, counts, group) if counts else reduce_scatter(shares, group)
 
 
@@ -363,12 +463,14 @@ def ranks_reached(experts_in_all: int, experts_a_rank: int, k: int) -> float:
     return 1 - math.comb(experts_in_all - experts_a_rank, k) / math.comb(experts_in_all, k)
 
 
-def transports(x: Tensor, weight: Tensor, k: int, n: int, fmt: str, tokens: int, world: int) -> dict[str, tuple[int, int]]:
-    """Transport -> (bytes, messages) that a rank sends, dispatch and combine, for `tokens` of its own.
+def transports(x: Tensor, weight: Tensor, k: int, n: int, fmt: str, tokens: int, world: int,
+               home: str = "bf16") -> dict[str, tuple[int, int]]:
+    """Transport -> (bytes, messages) that a rank sends, dispatch and combine, for `tokens` of its own; `home` as for
+    `expert_parallel`.
 
     The bytes of the all-to-all are those that are expected if every set of k experts is as likely.
     """
-    a_token = record_bytes(x, weight, k, fmt) + x.shape[1] * x.element_size()
+    a_token = record_bytes(x, weight, k, fmt) + share_bytes(x, home)
     reached = round(ranks_reached(weight.shape[0], n, k) * 2**20)
     return {"all_gather": ((world - 1) * tokens * a_token, 2),
             "all_to_all": ((world - 1) * (tokens * a_token * reached // 2**20 + 8), 3)}

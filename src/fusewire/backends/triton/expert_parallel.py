@@ -104,13 +104,15 @@ def pushed(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None,
 
 def _why_not_experts(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                      scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
-                     mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> str | None:
+                     mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> str | None:
+    if home != "bf16":
+        return f"its kernel adds shares as they are, and they are to travel in {home}"
     return _why_not(x, weight, groups, top_groups, fmt, counts, group)
 
 
 def _nbytes(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, *args) -> int:
     """As much as dispatch and combine need together: they have a half each, but symbolic sizes have no larger one."""
-    fmt, counts, group = args[-3:]
+    fmt, _, counts, group = args[-4:]
     rows = max(counts) if counts else x.shape[0]
     return push_bytes(x, weight, k, fmt, counts, group) + world_size(group) * rows * x.shape[1] * x.element_size()
 
@@ -119,7 +121,7 @@ def _nbytes(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None
                          seconds=lambda u: 2 * transfer.PUSH_S + u.wire_s + u.matmul_s)
 def pushed_experts(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                    scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
-                   mid_params: list[Tensor], act: str, fmt: str, counts: list[int], group: str) -> Tensor:
+                   mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> Tensor:
     *parts, ids, weights = push(x, logits(x, weight), params, weight, bias, k, groups, top_groups, scale, how, fmt, counts, group)
     shares = experts(parts, params, ids, weights, first, gate, up, down, mid_params, act, fmt, x.dtype)
     return combine(shares, counts, group)

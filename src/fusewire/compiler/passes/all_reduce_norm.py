@@ -7,12 +7,15 @@ from ...op import op_of
 from ...ops.collectives import all_reduce
 from ...ops.dense import quantize
 from ...ops.fused import all_reduce_norm_quant
+from ...ops.moe import combine_all
 from ...ops.norm import add_rms_norm, rms_norm
 from ..rewrite import Verdict, arg, call, describe, fused, hoist, missed, outputs, replace, rule, sites_of
 
 
-@rule(all_reduce)
+@rule(all_reduce, combine_all)
 def fuse_all_reduce_norm_quant(ar: fx.Node) -> Verdict | None:
+    if op_of(ar) is combine_all:
+        return missed(f"its shares travel in {arg(ar, 'fmt')}, as was asked for, and no other op adds such", avoidable=False)
     x, group = ar.args
     readers = sorted(ar.users)
     adds = [u for u in readers if op_of(u) is add_rms_norm]

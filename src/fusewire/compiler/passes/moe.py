@@ -8,7 +8,7 @@ from torch import fx
 from ...op import op_of
 from ...ops.collectives import all_gather, nbytes, reduce_scatter, world_size
 from ...ops.dense import quantize
-from ...ops.moe import dispatch, expert_parallel, experts, place, record_bytes, route, transports
+from ...ops.moe import combine, dispatch, expert_parallel, experts, place, record_bytes, route, transports
 from ..rewrite import Verdict, arg, call, describe, fused, is_aten, missed, outputs, producer, replace, rule, sites_of, users, val
 
 
@@ -77,11 +77,12 @@ def _why_not_routed(ag: fx.Node, reader: fx.Node) -> Verdict:
     return missed(f"routing before it would send {then} bytes a token to each of {w - 1} ranks instead of {now}", avoidable=False)
 
 
-@rule(reduce_scatter)
+@rule(reduce_scatter, combine)
 def fuse_expert_parallel(rs: fx.Node) -> Verdict | None:
-    """dispatch, experts and the reduce_scatter of their shares: one op, which a backend may run by another transport."""
-    shares, group = rs.args
-    if (e := producer(shares, experts)) is None:
+    """dispatch, experts and the reduction of their shares: one op, which a backend may run by another transport."""
+    shares, group = rs.args[0], rs.args[-1]
+    home, counts = rs.args[1:3] if op_of(rs) is combine else ("bf16", [])
+    if (e := producer(shares, experts)) is None or counts:
         return None
     if len(e.users) > 1:
         return missed(f"the experts' result also feeds {describe([u for u in e.users if u is not rs])}")
@@ -98,10 +99,10 @@ def fuse_expert_parallel(rs: fx.Node) -> Verdict | None:
     if arg(e, "dtype") != val(x).dtype:
         return missed(f"the experts' shares are {arg(e, 'dtype')} and their tokens {val(x).dtype}")
     with rs.graph.inserting_before(rs):
-        made = call(rs.graph, expert_parallel, *d.args[:-2], *e.args[op_of(e).params.index("first"):-1], [], group,
+        made = call(rs.graph, expert_parallel, *d.args[:-2], *e.args[op_of(e).params.index("first"):-1], home, [], group,
                     sites=sites_of(d, rs))
     replace(rs, made)
-    found = transports(val(x), val(arg(d, "weight")), arg(d, "k"), n, arg(e, "fmt"), 1, world_size(group))
+    found = transports(val(x), val(arg(d, "weight")), arg(d, "k"), n, arg(e, "fmt"), 1, world_size(group), home)
     (gather, messages), (direct, more) = found["all_gather"], found["all_to_all"]
     return fused(f"{expert_parallel.name}: a rank sends {gather} bytes for each of its tokens by all_gather, in {messages} "
                  f"messages, or about {direct} by all_to_all, in {more}")

@@ -12,24 +12,26 @@ from ... import compat
 from ...op import op_of
 from ...ops.collectives import all_gather, all_reduce, all_reduce_max, nbytes, reduce_scatter, shard, world_size
 from ...ops.dense import amax, linear, quantize, relayout
+from ...ops.moe import combine, combine_all
 from ..rewrite import Verdict, arg, call, describe, fused, is_aten, missed, outputs, producer, replace, rule, sites_of, users, val
 from ..tokens import local_args, same_on_all_ranks, token_args
 
 
-@rule(all_reduce)
+@rule(all_reduce, combine_all)
 def split_all_reduce(ar: fx.Node) -> Verdict | None:
-    """all_reduce(x) -> all_gather(reduce_scatter(x)): the same bytes, the same bits."""
-    x, group = ar.args
+    """all_reduce(x) -> all_gather(reduce_scatter(x)): the same bytes, the same bits. Likewise combine_all and combine."""
+    x, group = ar.args[0], ar.args[-1]
+    half, rest = (reduce_scatter, (group,)) if op_of(ar) is all_reduce else (combine, (ar.args[1], [], group))
     if val(x).dim() < 2:
         return missed(f"it reduces a tensor of shape {tuple(val(x).shape)}, which has no (tokens, hidden)")
     tokens, w = val(x).shape[0], world_size(group)
     if not compat.known_true(tokens % w == 0):
         return missed(f"{tokens} tokens do not divide over {w} ranks")
     with ar.graph.inserting_before(ar):
-        local = call(ar.graph, reduce_scatter, x, group, sites=sites_of(ar))
+        local = call(ar.graph, half, x, *rest, sites=sites_of(ar))
         [full] = call(ar.graph, all_gather, [local], group, sites=sites_of(ar))
     replace(ar, full)
-    return fused(reduce_scatter)
+    return fused(half)
 
 
 def _gather_of(n: fx.Node) -> fx.Node | None:
