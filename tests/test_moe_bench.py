@@ -55,7 +55,7 @@ def test_loopback_marks_its_lines(tmp_path):
     "--parts all": "unknown part 'all'; known: exchange, pack, grouped_matmul",
     "--parts pack": "pack is measured on one GPU; add --loopback",
     "-tp 1": "1 rank exchanges nothing; give -tp 2 or more",
-    "--plot x.png": "bench moe has no plot; leave --plot out",
+    "--plot x.png": "unrecognized arguments: --plot x.png; see fusewire --help",
 }.items())
 def test_a_refusal_is_one_sentence(command, sentence):
     done = bench(*command.split())

@@ -56,6 +56,7 @@ def test_run_says_how_far_a_quantized_combine_is_off(saved):
     assert "identical to unfused: the same tokens" in done.stdout  # which combines in the format as well
     [(error, tokens)] = re.findall(OFF, done.stdout, re.M)
     assert 0.005 < float(error) < 2**-4 and int(tokens) == 6  # the prompt's five and one that was read
+    assert "(with compilation), tokens/s only from the third token on\n" in done.stdout
 
 
 def test_verify_says_so_too(saved):

@@ -240,11 +240,11 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
     if context.rank:
         return
     console.out("\n")
+    rate = f"then {run.tokens_per_s:.1f} tokens/s" if run.rest_s else "tokens/s only from the third token on"
     how = args.quantization or session.model.config.to_dict().get("quantization_config", {}).get("quant_method") or "as stored"
     console.print(f"[bold]{context.world_size} ranks{screen.where(context)}, {how}, {config.codegen} code[/]; "
                   f"loaded in {session.load_s:.1f} s, "
-                  f"first token after {run.first_s:.1f} s (with compilation), "
-                  f"then {run.tokens_per_s:.1f} tokens/s", highlight=False)
+                  f"first token after {run.first_s:.1f} s (with compilation), {rate}", highlight=False)
     screen.runs(console, run.reports())
     if off is not None:
         console.print(off.sentence(), highlight=False)

@@ -55,7 +55,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                      help="of exchange, and, on one GPU, pack, grouped_matmul (default: the first; with --loopback all)")
     moe.add_argument("--combine", type=names, default="", metavar="FORMAT,...",
                      help="also bring shares home quantized, in these: fp8_token, fp8_block, mxfp8")
-    moe.set_defaults(main=_moe)
+    moe.set_defaults(main=_moe, plot=None)
 
     for p in (ops, model, moe):
         default = "bf16,fp8_block,nvfp4" if p is moe else "fp8_tensor"
@@ -68,7 +68,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                        help="one process plays all ranks: kernels and protocol without the wire; results are marked")
         p.add_argument("--tuning", metavar="FILE", help="choose backends by what `fusewire tune` measured")
         p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append a line of JSON for each measurement")
-        p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `bench`")
+        if p is not moe:
+            p.add_argument("--plot", type=Path, metavar="FILE.png", help="needs the extra `bench`")
 
 
 def _ops(args: argparse.Namespace) -> int:

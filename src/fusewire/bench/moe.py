@@ -62,8 +62,6 @@ def command(args: argparse.Namespace) -> int:
         raise InputError(f"{alone[0]} is measured on one GPU; add --loopback")
     if args.tensor_parallel_size < 2:
         raise InputError(f"{args.tensor_parallel_size} rank exchanges nothing; give -tp 2 or more")
-    if args.plot:
-        raise InputError("bench moe has no plot; leave --plot out")
     return start(rank, args)
 
 
