@@ -107,14 +107,3 @@ def test_what_travels_nowhere_is_not_streamed(monkeypatch):
     assert {kind: c.backend.name for kind, c in chosen.items()} == {"loopback": "one_shot", "fake": "streamed"}
     assert chosen["loopback"].refused == ["streamed: in a loopback group nothing travels, so programs that only push save nothing"]
     assert chosen["fake"].refused == []
-
-
-def test_rows_that_share_a_fence_take_no_program_much_longer():
-    from fusewire.backends.triton.norm_quant_all_gather_matmul import _together
-
-    for programs in (1, 7, 264):
-        for rows in range(1, 5000, 1 if programs == 264 else 37):
-            n = _together(rows, min(rows, programs))
-            groups, most = -(-rows // n), -(-rows // programs)
-            assert 1 <= n <= 8 and -(-groups // programs) * n <= most + most // 16
-    assert [_together(rows, 264) for rows in (264, 640, 1024, 2112, 4096, 4400, 16384)] == [1, 3, 4, 8, 8, 6, 8]

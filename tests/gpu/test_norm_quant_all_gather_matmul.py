@@ -127,7 +127,7 @@ def test_what_is_pushed_without_a_gather(fmt):
 
     The data of exchanges does not begin behind their own flags: those of transfers lie between (`workspace.regions`).
     """
-    for world, hidden, tokens in ((2, 8192, 4100), (4, 576, 300), (8, 5120, 129), (2, 64, 1)):  # 4100: 8 rows for one fence
+    for world, hidden, tokens in ((2, 8192, 4100), (4, 576, 300), (8, 5120, 129), (2, 64, 1)):  # 4100: 16 rows of a program
         g = group.loopback_group(world)
         space = workspace.open(g.name, world * tokens * hidden * 2 + 4096)
         flags_at, _, _, data_at, _ = workspace.regions(space.nbytes, space.flag_count)
@@ -140,9 +140,8 @@ def test_what_is_pushed_without_a_gather(fmt):
             p = pushed(*args, VARIANTS[0], params_of(fmt), fmt, g.name, gather)
             epoch = int(p.ticket)
             assert (epoch, space.epoch()) == (before, before + 1)
-            groups = -(-tokens // p.together)
-            flags = memory[flags_at + epoch % 2 * 4 * space.flag_count:][:4 * world * groups].view(torch.int32).view(world, groups)
-            assert bool((flags[1:] == epoch).all())
+            flags = memory[flags_at + epoch % 2 * 4 * space.flag_count:][:4 * world * p.programs].view(torch.int32)
+            assert bool((flags[p.programs:] == epoch).all())
             everyone = torch.cat([p.norm] * (world if gather else 1))
             made = fmt if gather else fmt.partition(":")[0]
             assert not said(problems(p, 0, world, tokens, hidden, VARIANTS[0], True, params_of(fmt), made, everyone))

@@ -1052,10 +1052,10 @@ def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRI
         return mine, mine
 
 
-@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at", "together"])
+@triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at"])
 def norm_quant_push(
     x, residual, weight, parameter, total, norm, data, scales, ticket,
-    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, scales_at, together,
+    peer_data, peer_flags, state, report, nbytes, flag_count, rank, op, limit_ns, rows, eps, offset, scales_at,
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
@@ -1069,14 +1069,14 @@ def norm_quant_push(
     total, norm   (rows, HIDDEN) of x's dtype, contiguous; total only with a residual
     data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
     ticket        int32 (1,): gets the epoch
-    together      rows that a program does for one flag, as it has to wait for the fence before it
     AHEAD         a program loads its next row while it works on one, rows as what is not needed again, and the weight for each row
                   from its cache, so that it takes no registers in between
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
-    which begin at byte `scales_at`. Its flag is number `s * ceil(rows / together) + r // together`, set once these `together` rows
-    have come. With GATHER the kernel waits for them and copies them into data and scales; without, whatever runs next on this
-    stream has to wait for every flag before the next exchange may begin.
+    which begin at byte `scales_at`. Its flag is number `s * programs + r % programs`, set once all rows of that program have come,
+    for one fence. With GATHER the kernel waits for them and copies them into data and scales; without, whatever runs next on this
+    stream has to wait for every flag before the next exchange may begin. Programs take rows in turn: what all of them read and
+    write at a time lies side by side.
     """
     PER: tl.constexpr = 2 if FMT == "nvfp4" else 1
     SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16 if FMT == "nvfp4" else HIDDEN
@@ -1085,9 +1085,8 @@ def norm_quant_push(
     at = tl.arange(0, BLOCK)
     inside = _below(at, HIDDEN, BLOCK)
     pid, step = tl.program_id(0), tl.num_programs(0)
-    groups = (rows + together - 1) // together
     base = rank * rows if GATHER else rank * 0
-    r = pid * together
+    r = pid
     if AHEAD:
         next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
     if SEND:
@@ -1109,12 +1108,9 @@ def norm_quant_push(
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
     while r < rows:
         row = tl.cast(r, tl.int64)
-        ends = ((r + 1) % together == 0) | (r + 1 == rows)  # what is sent for one fence
-        following = r + 1 + tl.where(ends, (step - 1) * together, 0)
         if AHEAD:
             summed, before = next_summed, next_before
-            next_summed, next_before = _row(x, residual, following, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL,
-                                            AHEAD)
+            next_summed, next_before = _row(x, residual, r + step, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
             w = tl.load(weight + at, mask=inside, other=0.0)
         else:
             summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
@@ -1137,21 +1133,19 @@ def norm_quant_push(
             else:
                 _store_parts(codes, scale, to, _at(peer_data[i] + half + scales_at, scales), source * rows + row, 0,
                              HIDDEN, BLOCK, FMT, False, BLOCK)
-        if SEND:
-            if ends:
-                tl.debug_barrier()
-                for i in tl.static_range(1, WORLD):
-                    source = (rank + i) % WORLD if LOOPBACK else rank
-                    _set(peer_flags[i] + parity * flag_count * 4 + (source * groups + r // together) * 4, epoch)
-        r = following
+        r += step
+    if SEND:
+        tl.debug_barrier()
+        for i in tl.static_range(1, WORLD):
+            source = (rank + i) % WORLD if LOOPBACK else rank
+            _set(peer_flags[i] + parity * flag_count * 4 + (source * step + pid) * 4, epoch)
     if GATHER:
         for i in tl.static_range(1, WORLD):
             peer = (rank + i) % WORLD
+            if WAIT:
+                _wait(peer_flags[0] + parity * flag_count * 4 + (peer * step + pid) * 4, epoch, pid, peer, report, op, limit_ns, 1)
             for r in range(pid, rows, step):
                 row = tl.cast(peer * rows + r, tl.int64)
-                if WAIT:
-                    flag = peer_flags[0] + parity * flag_count * 4 + (peer * groups + r // together) * 4
-                    _wait(flag, epoch, r, peer, report, op, limit_ns, 1)
                 of = _at(peer_data[0] + half, data) + row * DATA_ROW
                 scales_of = _at(peer_data[0] + half + scales_at, scales) + row * SCALES_ROW
                 _copy_row(of, scales_of, data, scales, row, HIDDEN, BLOCK, FMT, SWIZZLED)

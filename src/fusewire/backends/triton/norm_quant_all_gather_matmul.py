@@ -5,7 +5,6 @@ apart   the kernel sends nothing; all_gather_matmul's own backend sends while it
 """
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ class Pushed(NamedTuple):
     ticket        int32 (1,): the epoch whose half has the peers' rows, and which their flags hold
     scales_at     byte of that half at which the peers' scales begin. Rank s's row r is row `s * rows + r` of the data, at byte 0,
                   and of the scales
-    together      rows for which there is one flag: number `s * ceil(rows / together) + r // together`, set once they have come
+    programs      flags of a rank: number `s * programs + r % programs` is set once row r and the others of its program have come
     """
 
     total: Tensor | None
@@ -40,7 +39,7 @@ class Pushed(NamedTuple):
     parts: list[Tensor]
     ticket: Tensor
     scales_at: int
-    together: int
+    programs: int
 
 
 def _why_not(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
@@ -58,9 +57,6 @@ def _nbytes(x: Tensor, *args) -> int:
     return push_bytes(x, args[-3], args[-1])
 
 
-_MOST_TOGETHER = 8
-
-
 def _ahead(rows: int) -> bool:
     """Does a program load a row ahead? Faster with 1024 rows, 87 to 90 % of what a copy gets, and slower with 4096 and 16384, 85 %
     and more without: FP8 and NVFP4, hidden = 8192, on an H200 in loopback."""
@@ -71,13 +67,6 @@ def _launch_shape(hidden: int) -> tuple[int, int]:
     """(warps of a program, programs on a multiprocessor at once)."""
     warps = max(1, block_of(hidden) // 1024)
     return warps, max(2, 16 // warps)
-
-
-def _together(rows: int, programs: int) -> int:
-    """Rows that a program does for one fence: as many as leave no program more rows than without, or one in 16 more."""
-    most = math.ceil(rows / programs)
-    possible = range(_MOST_TOGETHER, 0, -1)
-    return next(n for n in possible if math.ceil(math.ceil(rows / n) / programs) * n <= most + most // 16)
 
 
 def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, cast_first: bool, keep_norm: bool,
@@ -102,16 +91,15 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
     scales_at = align(space.world_size * rows * row_bytes(x, fmt)[0], 256)
     warps, resident = _launch_shape(hidden)
     programs = min(rows, resident * processors(x.device))
-    together = _together(rows, programs) if rows and send else 1
     if rows:
         if send:
-            space.need(NAME, push_bytes(x, fmt, group), space.world_size * -(-rows // together))
+            space.need(NAME, push_bytes(x, fmt, group), space.world_size * programs)
         constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space)
         constants |= {"GATHER": gather, "WAIT": wait, "AHEAD": _ahead(rows), "SEND": send}
         tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1], ticket]
         launch(kernels.norm_quant_push, NAME, programs, warps, resident, space, tensors,
-               (rows, eps, offset, scales_at, together), constants)
-    return Pushed(total, norm, parts, ticket, scales_at, together)
+               (rows, eps, offset, scales_at), constants)
+    return Pushed(total, norm, parts, ticket, scales_at, programs)
 
 
 # 5 us: what the exchange of a row takes on two H200, see all_reduce_norm_quant.
