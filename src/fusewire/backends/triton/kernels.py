@@ -1040,14 +1040,12 @@ def two_shot(
 
 
 @triton.jit
-def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-         AHEAD: tl.constexpr):
+def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
     """Row r of x and of the residual (of x again if there is none), if there is such a row."""
-    HINT: tl.constexpr = "evict_first" if AHEAD else ""
     row, there = tl.cast(r, tl.int64), inside & (r < rows)
-    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
+    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0)
     if HAS_RESIDUAL:
-        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
+        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0)
     else:
         return mine, mine
 
@@ -1059,7 +1057,7 @@ def norm_quant_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
-    AHEAD: tl.constexpr, SEND: tl.constexpr,
+    SEND: tl.constexpr,
 ):
     """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer if SEND; else this is no
     exchange, and the workspace is left alone.
@@ -1069,14 +1067,14 @@ def norm_quant_push(
     total, norm   (rows, HIDDEN) of x's dtype, contiguous; total only with a residual
     data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
     ticket        int32 (1,): gets the epoch
-    AHEAD         a program loads its next row while it works on one, rows as what is not needed again, and the weight for each row
-                  from its cache, so that it takes no registers in between
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
     which begin at byte `scales_at`. Its flag is number `s * programs + r % programs`, set once all rows of that program have come,
     for one fence. With GATHER the kernel waits for them and copies them into data and scales; without, whatever runs next on this
     stream has to wait for every flag before the next exchange may begin. Programs take rows in turn: what all of them read and
-    write at a time lies side by side.
+    write at a time lies side by side. A program loads its next row when it has the norm of one: in the registers that are free by
+    then, while it quantizes and stores. The weight comes for each row, from a cache. Nothing is stored before the norm is there,
+    as what warps tell each other for it would wait behind that.
     """
     PER: tl.constexpr = 2 if FMT == "nvfp4" else 1
     SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16 if FMT == "nvfp4" else HIDDEN
@@ -1087,12 +1085,9 @@ def norm_quant_push(
     pid, step = tl.program_id(0), tl.num_programs(0)
     base = rank * rows if GATHER else rank * 0
     r = pid
-    if AHEAD:
-        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
+    next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
     if SEND:
         epoch = _epoch(state)
-    if not AHEAD:
-        w = tl.load(weight + at, mask=inside, other=0.0)
     param, inverse = 0.0, 0.0
     if FMT == "fp8_tensor" or FMT == "nvfp4":
         param = tl.load(parameter)
@@ -1108,16 +1103,14 @@ def norm_quant_push(
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
     while r < rows:
         row = tl.cast(r, tl.int64)
-        if AHEAD:
-            summed, before = next_summed, next_before
-            next_summed, next_before = _row(x, residual, r + step, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
-            w = tl.load(weight + at, mask=inside, other=0.0)
-        else:
-            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, AHEAD)
+        summed, before = next_summed, next_before
+        w = tl.load(weight + at, mask=inside, other=0.0)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
-            tl.store(total + row * HIDDEN + at, summed, mask=inside)
         normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
+        next_summed, next_before = _row(x, residual, r + step, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(total + row * HIDDEN + at, summed, mask=inside)
         if KEEP_NORM:
             tl.store(norm + row * HIDDEN + at, normed, mask=inside)
         if FMT == "bf16":

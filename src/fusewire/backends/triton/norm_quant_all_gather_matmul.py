@@ -57,12 +57,6 @@ def _nbytes(x: Tensor, *args) -> int:
     return push_bytes(x, args[-3], args[-1])
 
 
-def _ahead(rows: int) -> bool:
-    """Does a program load a row ahead? Faster with 1024 rows, 87 to 90 % of what a copy gets, and slower with 4096 and 16384, 85 %
-    and more without: FP8 and NVFP4, hidden = 8192, on an H200 in loopback."""
-    return rows <= 2048
-
-
 def _launch_shape(hidden: int) -> tuple[int, int]:
     """(warps of a program, programs on a multiprocessor at once)."""
     warps = max(1, block_of(hidden) // 1024)
@@ -95,7 +89,7 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
         if send:
             space.need(NAME, push_bytes(x, fmt, group), space.world_size * programs)
         constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space)
-        constants |= {"GATHER": gather, "WAIT": wait, "AHEAD": _ahead(rows), "SEND": send}
+        constants |= {"GATHER": gather, "WAIT": wait, "SEND": send}
         tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1], ticket]
         launch(kernels.norm_quant_push, NAME, programs, warps, resident, space, tensors,
                (rows, eps, offset, scales_at), constants)
