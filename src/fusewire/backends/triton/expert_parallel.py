@@ -76,8 +76,7 @@ def push(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
     transfer.start(
         moe_kernels.route_quantize_push, programs, t, x, scores, scores if bias is None else bias, params[0] if params else scores,
         *turned, scale, *places[1:4], num_warps=warps, registers=registers, WORLD=world,
-        LOOPBACK=space.loopback, CHOSEN=1 << (TOKENS * k - 1).bit_length(), WAIT=wait,
-        **row_constants(x, weight, bias, k, groups, top_groups, how, fmt))
+        LOOPBACK=space.loopback, WAIT=wait, **row_constants(x, weight, bias, k, groups, top_groups, how, fmt))
     half = t.view(rank, 0, (places[-1],), torch.uint8)
     half = half.clone() if keep else half
     fields = [(p, n) for p, n in zip(places, widths, strict=False) if n]

@@ -4,7 +4,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _amax, _below, _bits, _inverse, _larger, _quantized, _scale_of, _store_parts, _wide
+from .kernels import _amax, _below, _bits, _inverse, _larger, _quantized, _scale_of, _wide
 from .transfer import _begin, _signal, _wait_all
 
 
@@ -250,15 +250,12 @@ def _typed(address, T: tl.constexpr):
 
 
 @triton.jit
-def _store_piece(codes, scale, data, scales, row, I: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, FMT: tl.constexpr):
-    """Write what `_quantized_piece` gave of the I-th piece to row `row` of the parts."""
-    ALL: tl.constexpr = (HIDDEN + PIECE - 1) // PIECE * PIECE
-    if FMT == "bf16":
-        at = I * PIECE + tl.arange(0, PIECE)
-        tl.store(data + row * HIDDEN + at, codes, mask=_below(at, HIDDEN, ALL))
-    else:
-        DATA: tl.constexpr = "fp8_tensor" if FMT == "fp8_token" and I > 0 else FMT  # a row's scale is written once
-        _store_parts(codes, scale, data, scales, row, I * PIECE, HIDDEN, ALL, DATA, False, PIECE)
+def _task(task, rows, TOKENS: tl.constexpr):
+    """(the first token that a task chooses for, the row that it sends): -1 if it does not. Of the first tasks every TOKENS-th
+    chooses, and none of the last, which nobody should wait for."""
+    chooses = (task % TOKENS == 0) & (task < rows)
+    row = task - tl.minimum(task // TOKENS + 1, tl.cdiv(rows, TOKENS))
+    return tl.where(chooses, task, -1), tl.where(chooses | (row >= rows), -1, row).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["half", "rank", "op", "limit_ns", "scale", "scales_at", "weights_at", "ids_at"])
@@ -268,14 +265,14 @@ def route_quantize_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, PIECE: tl.constexpr, X_STRIDE: tl.constexpr,
     FMT: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
-    EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, CHOSEN: tl.constexpr, WAIT: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, WAIT: tl.constexpr,
 ):
     """What `route_quantize_pack` makes, of every rank's rows, part by part instead of record by record, in every rank's half.
 
     x, logits      of this rank's rows, which need not be as many on each rank
     counts, starts 16 times the rows of each rank, and those before them, in the order rank, rank + 1, ... (Triton compiles a
                    kernel for each set of numbers in a tuple that are 1 or divisible by 16: these all are the latter)
-    SLOTS, CHOSEN  powers of two, at least K and TOKENS * K
+    SLOTS          a power of two, at least K
 
     A half has the parts of FMT, weights (rows of all ranks, K) and ids, each of all ranks' rows in rank order and contiguous, from
     bytes 0, scales_at, weights_at and ids_at on. A task is to choose for TOKENS tokens or to send one. A program signals once, when
@@ -287,35 +284,28 @@ def route_quantize_push(
     epoch = _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD, LOOPBACK)
     IDS: tl.constexpr = tl.uint8 if EXPERTS <= 256 else tl.int16
     for task in range(tl.program_id(0), tl.cdiv(rows, TOKENS) * (1 + TOKENS), tl.num_programs(0)):
-        first = task // (1 + TOKENS) * TOKENS
-        nth = task % (1 + TOKENS)
-        row = (first + nth - 1).to(tl.int64)
-        if nth == 0:
-            before = (starts[0] // 16).to(tl.int64) * K
-            ids, weights = _typed(data[0] + ids_at, IDS), _typed(data[0] + weights_at, tl.float32)
-            found, share = _choose(logits, bias, first, rows, scale, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED, HAS_BIAS,
+        first, row = _task(task, rows, TOKENS)
+        if first >= 0:
+            ids, weights = _choose(logits, bias, first, rows, scale, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED, HAS_BIAS,
                                    EXPERTS, EXPERTS_BLOCK, TOKENS, SLOTS)
             token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, SLOTS)[None, :]
-            tl.store(ids + before + token * K + slot, found, mask=(token < rows) & (slot < K))
-            tl.store(weights + before + token * K + slot, share, mask=(token < rows) & (slot < K))
-            tl.debug_barrier()
-            at = first * K + tl.arange(0, CHOSEN)
-            inside = at < tl.minimum(first + TOKENS, rows) * K
-            chosen = tl.load(ids + before + at, mask=inside)
-            weight = tl.load(weights + before + at, mask=inside)
-            for i in tl.static_range(1, WORLD):
-                there = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) * K + at
-                tl.store(_typed(data[i] + ids_at, IDS) + there, chosen, mask=inside)
-                tl.store(_typed(data[i] + weights_at, tl.float32) + there, weight, mask=inside)
-        elif row < rows:
+            for i in tl.static_range(0, WORLD):
+                to = ((starts[i] // 16 if LOOPBACK else starts[0] // 16) + token).to(tl.int64) * K + slot
+                tl.store(_typed(data[i] + ids_at, IDS) + to, ids, mask=(token < rows) & (slot < K))
+                tl.store(_typed(data[i] + weights_at, tl.float32) + to, weights, mask=(token < rows) & (slot < K))
+        elif row >= 0:
             pieces = _load_row(x, row, HIDDEN, PIECE, X_STRIDE)
             own, own_inverse = _own(pieces, param, inverse, FMT)
+            factors = ()
             for p in tl.static_range(len(pieces)):
                 codes, factor = _quantized_piece(pieces[p], own, own_inverse, FMT)
                 for i in tl.static_range(0, WORLD):
                     to = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) + row
-                    _store_piece(codes, factor, _typed(data[i], codes.dtype), _typed(data[i] + scales_at, factor.dtype), to, p,
-                                 HIDDEN, PIECE, FMT)
+                    _store_codes(codes, _typed(data[i], codes.dtype), to, p, HIDDEN, PIECE, FMT)
+                factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005
+            for i in tl.static_range(0, WORLD):
+                to = (starts[i] // 16 if LOOPBACK else starts[0] // 16).to(tl.int64) + row
+                _store_factors(factors, _typed(data[i] + scales_at, factors[0].dtype), to, HIDDEN, FMT)  # type: ignore[misc]
     _signal(epoch, flags, rank, WORLD, LOOPBACK)
     if WAIT:
         _wait_all(epoch, flags, rank, report, op, limit_ns, WORLD)
