@@ -40,18 +40,14 @@ def warp_of(rank: Rank, ranks: list[Rank], program: Program, warp: int, half: in
     peers = [r for r in ranks if r is not rank]
     for _ in range(rnd.choice([0, 0, 1, 40])):  # loads of a row that it has asked for hold it up
         yield
+    epoch = rank.epoch
+    yield
     before = rank.last[half]
     if plant != "no barrier":
         yield from program.barrier(warp)
     yield
     if warp == 0:
-        program.old, rank.count = (rank.epoch, rank.count), rank.count + 1
-    yield from program.barrier(warp)
-    epoch, count = program.old
-    if warp == 0 and count == programs - 1:
-        rank.last[half] = epoch
-        yield
-        rank.epoch, rank.count = epoch + 1, 0
+        program.old, rank.count = (epoch, rank.count), rank.count + 1
     if warp == 0 and program.number == 0:
         for peer in peers:
             peer.entered[rank.number] = epoch
@@ -59,6 +55,10 @@ def warp_of(rank: Rank, ranks: list[Rank], program: Program, warp: int, half: in
     for peer in peers:
         while plant != "no wait" and rank.entered.get(peer.number, 0) <= before:
             yield
+    if warp == 0 and program.old[1] == programs - 1:
+        rank.last[half] = epoch
+        yield
+        rank.epoch, rank.count = epoch + 1, 0
     for peer in peers:
         peer.half[half, rank.number, program.number, warp] = epoch
         yield

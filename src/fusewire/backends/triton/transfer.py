@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from .kernels import _end_late, _wait
+from .kernels import _count_in, _end_late, _epoch, _leave_epoch, _wait
 
 # data, flags, entered: int64 addresses of a half, its flags and the `entered` of each rank, in the order rank, rank + 1, ...
 
@@ -33,17 +33,24 @@ def _wait_after(flag, before, peer, report, op, limit_ns):
 
 
 @triton.jit
+def _leave(epoch, state, last, counted):
+    """Set a half's last epoch, by whoever was counted last, and the next one."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .b32 t, n;
+        mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        cvt.u32.u64 t, $2; add.u32 t, t, 1; cvt.u32.u64 n, $3; setp.eq.and.u32 q, t, n, p;
+        @q st.relaxed.gpu.global.b32 [$1], $4; @q st.relaxed.gpu.global.b32 [$1 + 8], $4; mov.b32 $0, 0; }""",
+        "=r,l,l,l,r", [last, counted, tl.num_programs(0).to(tl.int64), epoch], dtype=tl.int32, is_pure=False, pack=1)
+    _leave_epoch(state, counted)
+
+
+@triton.jit
 def _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD: tl.constexpr, LOOPBACK: tl.constexpr):
     """The epoch of this transfer, once every peer has left the half."""
+    epoch = _epoch(state)
     before = tl.load(last + half, volatile=True)
     tl.debug_barrier()  # one thread counts its program in, and when all are in, what every warp has to have read is changed
-    old = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
-    epoch = (old >> 32).to(tl.int32)
-    programs = tl.num_programs(0).to(tl.int64)
-    if (old & 0xFFFFFFFF) == programs - 1:  # all have read what is changed here
-        tl.store(last + half, epoch)
-        tl.store(last + 2 + half, epoch)
-        tl.atomic_add(state, (1 << 32) - programs, sem="relaxed", scope="gpu")
+    counted = _count_in(state)
     if not LOOPBACK:
         if tl.program_id(0) == 0:
             for i in tl.static_range(1, WORLD):
@@ -51,6 +58,7 @@ def _begin(entered, state, last, report, half, rank, op, limit_ns, WORLD: tl.con
         for i in tl.static_range(1, WORLD):
             peer = (rank + i) % WORLD
             _wait_after((entered[0] + peer * 4).to(tl.pointer_type(tl.int32)), before, peer, report, op, limit_ns)
+    _leave(epoch, state, last + half, counted)
     return epoch
 
 
