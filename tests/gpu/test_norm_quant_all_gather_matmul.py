@@ -30,6 +30,7 @@ from turns import by_turns, many
 
 from fusewire import formats, group
 from fusewire.backends import workspace
+from fusewire.backends.triton import norm_quant_all_gather_matmul as nq
 from fusewire.ops.dense import quantize
 from fusewire.ops.fused import all_reduce_norm_quant, norm_quant_all_gather_matmul
 
@@ -108,7 +109,8 @@ def launches(world: int) -> Iterable[Callable]:
     name = group_of_one(world)
     for fmt, hidden in itertools.product(FORMATS, HIDDEN):
         variant = variant_of(hidden, fmt)
-        yield functools.partial(pushed, *arguments(0, 3, hidden, variant, False), variant, params_of(fmt), fmt, name)
+        for tokens in (3, 640) if 640 * hidden > nq._FEW else (3,):
+            yield functools.partial(pushed, *arguments(0, tokens, hidden, variant, False), variant, params_of(fmt), fmt, name)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -153,6 +155,24 @@ def test_what_is_pushed_without_a_gather(fmt):
         assert not said(differ("what is made and not sent", [own.total, own.norm, *own.parts], [p.total, p.norm, *p.parts]))
         assert space.epoch() == before, "what sends nothing is an exchange"
         group.close(g)
+
+
+@pytest.mark.parametrize("hidden", (64, 576))
+def test_rows_that_are_fetched_are_the_same(hidden, monkeypatch):
+    """Many rows come through the cache: the same bits, also of rows that begin anywhere."""
+    g, variant = group.loopback_group(2), VARIANTS[0]
+    workspace.open(g.name, 2 * 700 * hidden + 4096)
+    for tokens, apart in ((1, 0), (700, 0), (700, 3), (699, 8)):
+        x, residual, weight = arguments(0, tokens, hidden, variant, True)
+        wide = torch.full((tokens, hidden + apart), float("nan"), dtype=x.dtype, device="cuda")
+        wide[:, :hidden] = x
+        made = []
+        for few in (1 << 40, 0):
+            monkeypatch.setattr(nq, "_FEW", few)
+            p = pushed(wide[:, :hidden], residual, weight, variant, params_of("fp8_tensor"), "fp8_tensor", g.name)
+            made.append([p.total, p.norm, *p.parts])
+        assert not said(differ(f"{tokens} rows, {apart} apart", made[1], made[0]))
+    group.close(g)
 
 
 def unguarded(rank: int, wait: bool) -> bool:

@@ -1040,14 +1040,35 @@ def two_shot(
 
 
 @triton.jit
-def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+def _row(x, residual, r, at, inside, rows, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+         HINT: tl.constexpr):
     """Row r of x and of the residual (of x again if there is none), if there is such a row."""
     row, there = tl.cast(r, tl.int64), inside & (r < rows)
-    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0)
+    mine = tl.load(x + row * X_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
     if HAS_RESIDUAL:
-        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0)
+        return mine, tl.load(residual + row * RESIDUAL_STRIDE + at, mask=there, other=0.0, eviction_policy=HINT)
     else:
         return mine, mine
+
+
+@triton.jit
+def _fetch(x, residual, r, rows, HIDDEN: tl.constexpr, X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr,
+           HAS_RESIDUAL: tl.constexpr):
+    """Send for row r of x and of the residual, if there is such a row, to the L2 cache."""
+    if r < rows:
+        row = tl.cast(r, tl.int64)
+        _fetch_bytes(x + row * X_STRIDE, HIDDEN * 2)
+        if HAS_RESIDUAL:
+            _fetch_bytes(residual + row * RESIDUAL_STRIDE, HIDDEN * 2)
+
+
+@triton.jit
+def _fetch_bytes(of, BYTES: tl.constexpr):
+    """By one thread; in whole 16 bytes, none of them beyond the last byte."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t; .reg .b64 a; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; and.b64 a, $1, -16;
+        @p cp.async.bulk.prefetch.L2.global [a], $2; mov.b32 $0, t; }""", "=r,l,n", [of, BYTES // 16 * 16], dtype=tl.int32,
+        is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["nbytes", "flag_count", "rank", "op", "limit_ns", "rows", "eps", "offset", "scales_at"])
@@ -1057,7 +1078,7 @@ def norm_quant_push(
     WORLD: tl.constexpr, LOOPBACK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr,
     KEEP_NORM: tl.constexpr, FMT: tl.constexpr, SWIZZLED: tl.constexpr, GATHER: tl.constexpr, WAIT: tl.constexpr,
-    SEND: tl.constexpr,
+    FETCH: tl.constexpr, SEND: tl.constexpr,
 ):
     """Residual add, RMSNorm and quantization of this rank's rows, whose parts also go to every peer if SEND; else this is no
     exchange, and the workspace is left alone.
@@ -1067,14 +1088,16 @@ def norm_quant_push(
     total, norm   (rows, HIDDEN) of x's dtype, contiguous; total only with a residual
     data, scales  the parts of FMT, contiguous: of all ranks' rows if GATHER, else of this rank's. For bf16 the data is the norm
     ticket        int32 (1,): gets the epoch
+    FETCH         how a program comes by its next row while it works on one. True: to the L2 cache, at once. False: when it has the
+                  norm of one, to the registers that are free by then, and the weight for each row; what is read and the total are
+                  what is not needed again
 
     What a peer pushes lies in the half of the epoch: row r of rank s is row `s * rows + r` of the data, and of the linear scales,
     which begin at byte `scales_at`. Its flag is number `s * programs + r % programs`, set once all rows of that program have come,
     for one fence. With GATHER the kernel waits for them and copies them into data and scales; without, whatever runs next on this
     stream has to wait for every flag before the next exchange may begin. Programs take rows in turn: what all of them read and
-    write at a time lies side by side. A program loads its next row when it has the norm of one: in the registers that are free by
-    then, while it quantizes and stores. The weight comes for each row, from a cache. Nothing is stored before the norm is there,
-    as what warps tell each other for it would wait behind that.
+    write at a time lies side by side. Nothing is stored before the norm is there, as what warps tell each other for it would wait
+    behind that.
     """
     PER: tl.constexpr = 2 if FMT == "nvfp4" else 1
     SIZE: tl.constexpr = 128 if FMT == "fp8_block" else 32 if FMT == "mxfp8" else 16 if FMT == "nvfp4" else HIDDEN
@@ -1085,7 +1108,12 @@ def norm_quant_push(
     pid, step = tl.program_id(0), tl.num_programs(0)
     base = rank * rows if GATHER else rank * 0
     r = pid
-    next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+    HINT: tl.constexpr = "" if FETCH else "evict_first"
+    if FETCH:
+        _fetch(x, residual, r, rows, HIDDEN, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+        w = tl.load(weight + at, mask=inside, other=0.0)
+    else:
+        next_summed, next_before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
     if SEND:
         epoch = _epoch(state)
     param, inverse = 0.0, 0.0
@@ -1103,14 +1131,19 @@ def norm_quant_push(
         _pad_scales(scales, WORLD * rows if GATHER else rows, HIDDEN, BLOCK, FMT)
     while r < rows:
         row = tl.cast(r, tl.int64)
-        summed, before = next_summed, next_before
-        w = tl.load(weight + at, mask=inside, other=0.0)
+        if FETCH:
+            _fetch(x, residual, r + step, rows, HIDDEN, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+            summed, before = _row(x, residual, r, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
+        else:
+            summed, before = next_summed, next_before
+            w = tl.load(weight + at, mask=inside, other=0.0)
         if HAS_RESIDUAL:
             summed = _plus(before, summed)
         normed = _normed(summed, w, _factor(summed, eps, HIDDEN), offset, HAS_OFFSET, CAST_FIRST)
-        next_summed, next_before = _row(x, residual, r + step, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL)
+        if not FETCH:
+            next_summed, next_before = _row(x, residual, r + step, at, inside, rows, X_STRIDE, RESIDUAL_STRIDE, HAS_RESIDUAL, HINT)
         if HAS_RESIDUAL:
-            tl.store(total + row * HIDDEN + at, summed, mask=inside)
+            tl.store(total + row * HIDDEN + at, summed, mask=inside, cache_modifier="" if FETCH else ".cs")
         if KEEP_NORM:
             tl.store(norm + row * HIDDEN + at, normed, mask=inside)
         if FMT == "bf16":

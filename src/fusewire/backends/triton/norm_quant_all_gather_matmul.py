@@ -57,6 +57,11 @@ def _nbytes(x: Tensor, *args) -> int:
     return push_bytes(x, args[-3], args[-1])
 
 
+# Elements of x: of more, rows are fetched to the L2 cache. The faster of both ways in loopback on an H200, hidden = 8192, FP8 and
+# NVFP4: the other takes 6 to 8 % less time at 1024 rows, and this one 1 to 6 % less at 2048 and 4 to 8 % at 4096 and 16384.
+_FEW = 1 << 23
+
+
 def _launch_shape(hidden: int) -> tuple[int, int]:
     """(warps of a program, programs on a multiprocessor at once)."""
     warps = max(1, block_of(hidden) // 1024)
@@ -89,7 +94,7 @@ def push(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset:
         if send:
             space.need(NAME, push_bytes(x, fmt, group), space.world_size * programs)
         constants = row_constants(x, residual, offset, cast_first, keep_norm, made, space)
-        constants |= {"GATHER": gather, "WAIT": wait, "SEND": send}
+        constants |= {"GATHER": gather, "WAIT": wait, "FETCH": x.numel() > _FEW, "SEND": send}
         tensors = [x, residual, weight, params[0] if params else None, total, norm, parts[0], parts[-1], ticket]
         launch(kernels.norm_quant_push, NAME, programs, warps, resident, space, tensors,
                (rows, eps, offset, scales_at), constants)
