@@ -288,7 +288,10 @@ def route_quantize_push(
         if first >= 0:
             ids, weights = _choose(logits, bias, first, rows, scale, K, GROUPS, TOP_GROUPS, SIGMOID, RENORMALIZED, HAS_BIAS,
                                    EXPERTS, EXPERTS_BLOCK, TOKENS, SLOTS)
-            token, slot = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, SLOTS)[None, :]
+            # in a row, so that one warp stores whole lines of them
+            ids, weights = tl.reshape(ids.to(IDS), (TOKENS * SLOTS,)), tl.reshape(weights, (TOKENS * SLOTS,))
+            at = tl.arange(0, TOKENS * SLOTS)
+            token, slot = first + at // SLOTS, at % SLOTS
             for i in tl.static_range(0, WORLD):
                 to = ((starts[i] // 16 if LOOPBACK else starts[0] // 16) + token).to(tl.int64) * K + slot
                 tl.store(_typed(data[i] + ids_at, IDS) + to, ids, mask=(token < rows) & (slot < K))
