@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import fusewire
 from fusewire import compat, formats
-from fusewire.compiler.capture import _Captured
+from fusewire.compiler.capture import _Captured, program
 from fusewire.compiler.explain import report
-from fusewire.compiler.plan import Capture
+from fusewire.compiler.plan import Capture, Plan
 from fusewire.config import Bounds, Config
 from fusewire.errors import InputError
 from fusewire.group import simulate
@@ -217,3 +217,13 @@ def unequal(rank: int) -> str:
 def test_a_compiled_step_of_unequal_counts_is_refused_on_every_rank():
     assert run_ranks(unequal, 2) == ["the ranks hold [8, 5] tokens and a compiled step needs as many on each; pad all to 8, or run "
                                      "the model without compiling it"] * 2
+
+
+def test_ranks_with_a_gpu_each_have_the_same_program():
+    """What they compare names no rank's own device."""
+    def on(index: int, n: int = 2) -> str:
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(place.target, (n, "a group", torch.device("cuda", index))))
+        return program(Plan("any", torch.fx.GraphModule(nn.Module(), graph), []))
+
+    assert on(0) == on(1) != on(0, 3)

@@ -166,7 +166,8 @@ def program(plan: Plan) -> str:
         o.group(*n.args) for n, o in calls if "group" in o.params))}
 
     def args(n: torch.fx.Node, o: Any) -> tuple:
-        named = [groups[a] if p == "group" else a for p, a in zip(o.params, n.args, strict=True)]
+        named = [groups[a] if p == "group" else a.type if isinstance(a, torch.device) else a  # each rank has its own GPU
+                 for p, a in zip(o.params, n.args, strict=True)]
         return tuple(torch.fx.map_arg(named, shown["group" in o.params]))
 
     return "\n".join(f"{n.target} {args(n, o)}" for n, o in calls)

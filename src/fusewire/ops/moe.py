@@ -330,7 +330,8 @@ def combine_all(x: Tensor, fmt: str, group: str) -> Tensor:
 def place(n: int, group: str, device: torch.device) -> Tensor:
     """n * rank, an int64 scalar: the first of n things that each rank of a group holds. The rank is
     looked up when it runs, so graphs of different ranks are the same graph."""
-    return torch.tensor(n * resolve(group).rank(), device=device)
+    # filled there, not copied from here, which a CUDA graph would refuse
+    return torch.full((), n * resolve(group).rank(), dtype=torch.int64, device=device)
 
 
 def _grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
