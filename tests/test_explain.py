@@ -1,7 +1,9 @@
 """Explaining a model from its config: fast, small, and the same as capturing every layer."""
 from __future__ import annotations
 
+import io
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -9,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from rich.console import Console
 
+from fusewire import screen
+from fusewire.backends import device
 from fusewire.compiler.explain import Report
 from fusewire.config import Config
 from fusewire.engine.explain import explain_model
@@ -124,4 +129,33 @@ def test_the_report_is_plain_json(tmp_path):
     assert again["sent_after"] == sum(s["sent_after"] for s in again["sites"]) == report.sent_after
     assert again["fused"] == [s["verdict"] for s in again["sites"]].count("fused") == report.fused
     assert set(again["sites"][0]) == {"module", "what", "verdict", "why", "avoidable", "sent_before", "sent_after", "messages",
-                                      "backend", "chosen", "refused"}
+                                      "backend", "chosen", "refused", "inside"}
+
+
+SAID = {  # of the grouped matmul for each format: what runs it and how, or why it cannot
+    **dict.fromkeys((None, "fp8_tensor", "fp8_token", "fp8_block"), ("grouped_matmul.triton", "inside experts")),
+    "nvfp4": ("grouped_matmul.triton", "inside experts, nvfp4 is expanded to bf16 first, exactly"),
+    "mxfp8": ("grouped_matmul.reference", "inside experts"),
+}
+
+
+@pytest.mark.parametrize(("fmt", "plan"), [*((fmt, "sharded") for fmt in SAID), ("nvfp4", "unfused"), ("mxfp8", "replicated")],
+                         ids=str)
+def test_what_experts_call_is_told(tmp_path, monkeypatch, fmt, plan):
+    """As on a GPU with kernels: who multiplies for the experts, in which way, and why another could not. Each plan tells the same,
+    once for each layer, whether the experts are an op of their own there or inside one that exchanges their tokens."""
+    monkeypatch.setattr(device, "why_not", lambda *args, **kwargs: None)
+    folder = written(tmp_path / "m", tiny.config("qwen3_moe", head_dim=32, **tiny.MOE["qwen3_moe"]))
+    found = explain_model(folder, 2, 32, fmt, Config(plan=plan), device="cuda")
+    blocks = [s for s in found.sites if s.inside]
+    assert [s.module for s in blocks] == [f"model.layers.{i}.mlp" for i in range(2)]
+    whole = plan == "sharded" and fmt is not None
+    for s in blocks:
+        assert s.inside[whole:] == (SAID[fmt],) and (not whole or s.inside[0][0].startswith("experts."))
+        assert any(b.startswith("expert_parallel.") for b in s.backends) == whole
+        assert ("grouped_matmul.triton: it does not take mxfp8" in s.refused) == (fmt == "mxfp8")
+    console = Console(file=io.StringIO(), width=200)
+    screen.sites(console, found)
+    name, how = SAID[fmt]
+    assert re.search(rf"^{re.escape(name)} +32 +2 +{how} *$", console.file.getvalue(), re.M)
+    assert ("not grouped_matmul.triton: it does not take mxfp8 (2 sites)" in console.file.getvalue()) == (fmt == "mxfp8")

@@ -117,6 +117,7 @@ def plain(group, fmt: str, tokens: int = 6, config: Config | None = None, **how)
 def test_a_plain_model_gets_its_gather_sunk(ranks, fmt, world):
     made = plain(ranks(world), fmt)
     gather, scatter = made.sites("sharded")
+    assert not gather.inside and scatter.inside[-1] == ("grouped_matmul.reference", "inside experts")
     if fmt == "bf16":
         now, then = HIDDEN * 2, HIDDEN * 2 + K * 5
         assert "dispatch" not in made.ops("sharded") and gather.sent_before == gather.sent_after == (world - 1) * 6 * now

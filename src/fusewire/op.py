@@ -53,6 +53,7 @@ class Backend:
     seconds   (usage) -> how long a call takes if nothing was measured; None: nobody knows
     wire      (*args) -> (bytes, messages) that one rank sends, where these are not the unfused program's
     asks      it asks the device for sizes, so a CUDA graph cannot hold it
+    note      (*args) -> what a report should say of how it runs a call, "" for nothing
     """
 
     name: str
@@ -63,6 +64,7 @@ class Backend:
     seconds: Callable[[Usage], float] | None = None
     wire: Callable[..., tuple[int, int]] | None = None
     asks: bool = False
+    note: Callable[..., str] | None = None
 
 
 def seconds_of_program(u: Usage) -> float:
@@ -90,6 +92,8 @@ class Op:
     wire       (*args) -> bytes this rank sends; only primitive collectives say, a fused op costs what is inside it
     flops      (*args) -> floating-point operations of a matmul, those of two-byte elements counted twice; likewise
     fake       shapes only, where the reference cannot run on fake tensors (the primitive collectives)
+    inside     (*args) -> calls, (op, args) each, of ops with backends of their own that every backend of this one makes, for
+               reports: with shapes of no token
     opaque     Inductor cannot look into the reference, whose Python depends on the number of tokens
 
     Every backend is an overload of its own, `fusewire::NAME.BACKEND`, so a lowered graph shows what will run.
@@ -102,6 +106,7 @@ class Op:
     wire: Callable[..., int] | None = None
     flops: Callable[..., int] | None = None
     fake: Callable | None = None
+    inside: Callable[..., list[tuple[Op, tuple]]] | None = None
     opaque: bool = False
     backends: list[Backend] = field(default_factory=list)
 
@@ -141,13 +146,14 @@ class Op:
     def backend(self, name: str, supports: Callable[..., str | None] = lambda *args: None,
                 nbytes: Callable[..., int] | None = None,
                 seconds: Callable[[Usage], float] | None = None,
-                wire: Callable[..., tuple[int, int]] | None = None, asks: bool = False) -> Callable[[Callable], Callable]:
+                wire: Callable[..., tuple[int, int]] | None = None, asks: bool = False,
+                note: Callable[..., str] | None = None) -> Callable[[Callable], Callable]:
         """Register an implementation, see `Backend`; its schema must equal the reference's."""
 
         def register(run: Callable) -> Callable:
             if (schema := infer_schema(run, mutates_args=())) != self.schema:
                 raise TypeError(f"{self.name}.{name}: {schema} is not {self.schema}")
-            self.backends.append(Backend(name, run, supports, self._define(name, run), nbytes, seconds, wire, asks))
+            self.backends.append(Backend(name, run, supports, self._define(name, run), nbytes, seconds, wire, asks, note))
             self._remembered.clear()
             return run
 

@@ -58,7 +58,7 @@ def backends(console: Console, reports: Iterable[Report]) -> None:
         table.add_column(name, justify="right" if name in ("tokens", "sites") else "left", overflow="fold")
     refused: Counter[str] = Counter()
     for r in told:
-        runs = Counter(pair for s in r.sites for pair in zip(s.backends, s.chosen, strict=True))
+        runs = Counter(pair for s in r.sites for pair in (*zip(s.backends, s.chosen, strict=True), *s.inside))
         for (name, how), sites in sorted(runs.items()):
             table.add_row(name, str(r.tokens), str(sites), how or "the only one")
         refused.update(why for s in r.sites for why in s.refused)

@@ -9,13 +9,13 @@ from torch import fx
 
 from ..config import Link
 from ..errors import InputError, StrictError
-from ..op import op_of
+from ..op import At, op_of
 from ..ops.collectives import all_gather, all_reduce, reduce_scatter
-from ..ops.moe import combine, combine_all
+from ..ops.moe import combine, combine_all, experts
 from .cost import seconds
 from .lower import choice
-from .plan import COLLECTIVES, Capture, Plan, Site
-from .rewrite import Verdict
+from .plan import COLLECTIVES, Capture, Plan, Site, module_of
+from .rewrite import Verdict, val
 
 FUSING = {"fuse_all_gather_matmul", "fuse_matmul_reduce_scatter", "fuse_all_reduce_norm_quant", "fuse_dispatch",
           "fuse_expert_parallel"}
@@ -31,6 +31,7 @@ class SiteReport:
     backend    who runs what it became
     chosen     for each of these, how it was chosen where there were several: "measured ..." or "modelled"
     refused    the other backends, and why they were not to be had
+    inside     (backend, in what and how) of ops with backends of their own that these call, or the experts whose shares they add
     """
 
     module: str
@@ -44,6 +45,7 @@ class SiteReport:
     backend: str
     chosen: tuple[str, ...]
     refused: tuple[str, ...]
+    inside: tuple[tuple[str, str], ...] = ()
 
     @property
     def backends(self) -> list[str]:
@@ -168,9 +170,30 @@ def _site(found: Capture, plan: Plan, site: Site, size: int) -> SiteReport:
     why = "; ".join([*(f"into {f}" for f in fusions), *whys]) or "nothing of it is left"
     runs = {n: choice(n, plan.at(size)) for n in made or nodes}
     chosen = {f"{op_of(n).name}.{c.backend.name}": c.how for n, c in runs.items()}
+    calls = [(op_of(n), val(n.args)) for n in (*nodes, *_experts_of(plan, site))]
+    inside = [told for o, args in calls for told in _inside(o, args, plan.at(size))]
+    refused = [f"{op_of(n).name}.{r}" for n, c in runs.items() for r in c.refused] + [r for _, _, rs in inside for r in rs]
     return SiteReport(site.module, site.what, "missed" if missed else "fused", why, avoidable, 0, 0, 0, ", ".join(chosen),
-                      tuple(chosen.values()),
-                      tuple(dict.fromkeys(f"{op_of(n).name}.{r}" for n, c in runs.items() for r in c.refused)))
+                      tuple(chosen.values()), tuple(dict.fromkeys(refused)),
+                      tuple(dict.fromkeys((name, how) for name, how, _ in inside)))
+
+
+def _experts_of(plan: Plan, site: Site) -> list[fx.Node]:
+    """The experts, as an op of their own, of the module that makes a sum."""
+    if site.what == all_gather.name:
+        return []
+    return [n for n in plan.gm.graph.nodes if op_of(n) is experts and module_of(n) == site.module]
+
+
+def _inside(o: Any, args: tuple, at: At) -> list[tuple[str, str, list[str]]]:
+    """(backend, in what and how, why not others) of the calls that a call makes, and of those that they make."""
+    found = []
+    for called, given in o.inside(*args) if o.inside else ():
+        c = called.select(*given, at=at)
+        how = [f"inside {o.name}", c.how, c.backend.note(*given) if c.backend.note else ""]
+        found.append((f"{called.name}.{c.backend.name}", ", ".join(filter(None, how)), [f"{called.name}.{r}" for r in c.refused]))
+        found += _inside(called, given, at)
+    return found
 
 
 def _leftover(found: Capture, plan: Plan, n: fx.Node, verdicts: list[Verdict], size: int) -> tuple[str, bool]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import formats
 from ..errors import InputError
 from ..group import resolve
-from ..op import op
+from ..op import Op, op
 from .collectives import all_gather, nbytes, reduce_scatter, world_size
 from .dense import matmul, quantize
 
@@ -396,7 +396,16 @@ def _shares(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor,
     return x[0].new_empty((x[0].shape[0], down[0].shape[1]), dtype=dtype)
 
 
-@op(fake=_shares)
+def _matmuls(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],
+             up: list[Tensor], down: list[Tensor], mid_params: list[Tensor], act: str, fmt: str,
+             dtype: torch.dtype) -> list[tuple[Op, tuple]]:
+    n, intermediate = gate[0].shape[:2]
+    ends = ids.new_empty(n, dtype=torch.int64)
+    mid = _parts_like(x[0].new_empty((0, intermediate), dtype=dtype), fmt)
+    return [(grouped_matmul, (parts, params, w, ends, fmt, dtype)) for parts, w in ((x, gate), (x, up), (mid, down))]
+
+
+@op(fake=_shares, inside=_matmuls)
 def experts(x: list[Tensor], params: list[Tensor], ids: Tensor, weights: Tensor, first: Tensor, gate: list[Tensor],
             up: list[Tensor], down: list[Tensor], mid_params: list[Tensor], act: str, fmt: str, dtype: torch.dtype) -> Tensor:
     """What the experts of this rank add to each token: the weighted sum of down(act(gate(x)) * up(x)) over those chosen.
@@ -437,7 +446,14 @@ def dispatch(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | Non
     return [*parts, ids, weights]
 
 
-@op(rows=("x",))
+def _experts(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
+             scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
+             mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> list[tuple[Op, tuple]]:
+    *parts, weights, ids = record_like(x, weight, k, fmt)
+    return [(experts, (parts, params, ids, weights, first, gate, up, down, mid_params, act, fmt, x.dtype))]
+
+
+@op(rows=("x",), inside=_experts)
 def expert_parallel(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                     scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
                     mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> Tensor:

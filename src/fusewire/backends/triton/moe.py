@@ -134,7 +134,11 @@ def _why_not_grouped(x: list[Tensor], params: list[Tensor], w: list[Tensor], end
     return None
 
 
-@moe.grouped_matmul.backend("triton", supports=_why_not_grouped)
+def _note(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> str:
+    return "nvfp4 is expanded to bf16 first, exactly" if fmt == "nvfp4" else ""
+
+
+@moe.grouped_matmul.backend("triton", supports=_why_not_grouped, note=_note)
 def grouped_matmul(x: list[Tensor], params: list[Tensor], w: list[Tensor], ends: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
     (rows, k), (experts, n) = x[0].shape, w[0].shape[:2]
     out = torch.empty(rows, n, dtype=dtype, device=x[0].device)

@@ -6,7 +6,7 @@ import operator
 from torch import fx
 
 from ...op import op_of
-from ...ops.collectives import all_gather, nbytes, reduce_scatter, world_size
+from ...ops.collectives import all_gather, reduce_scatter, world_size
 from ...ops.dense import quantize
 from ...ops.moe import combine, dispatch, expert_parallel, experts, place, record_bytes, route, transports
 from ..rewrite import Verdict, arg, call, describe, fused, is_aten, missed, outputs, producer, replace, rule, sites_of, users, val
@@ -73,7 +73,7 @@ def _why_not_routed(ag: fx.Node, reader: fx.Node) -> Verdict:
         return missed(f"what the experts get with it is {_made_by([arg(reader, 'ids')])}, not a route of its tokens")
     w = world_size(ag.args[1])
     x, r = val(ag.args[0][0]), after[0]
-    now, then = nbytes([x[:1]]), record_bytes(x, val(arg(r, "weight")), arg(r, "k"), arg(reader, "fmt"))
+    now, then = x.shape[1] * x.element_size(), record_bytes(x, val(arg(r, "weight")), arg(r, "k"), arg(reader, "fmt"))
     return missed(f"routing before it would send {then} bytes a token to each of {w - 1} ranks instead of {now}", avoidable=False)
 
 
