@@ -1,6 +1,7 @@
 """What the user may choose. Flag names follow vLLM's where vLLM has one."""
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from .errors import InputError
@@ -44,6 +45,9 @@ class Config:
     strict   raise StrictError if a site that some enabled rule should fuse is not fused
     tuning   a file that `fusewire tune` wrote, by which ops choose among their backends; None: $FUSEWIRE_TUNING, or else what is
              packaged for this GPU; where nothing was measured a model of the cost decides
+    pad_to   for ranks with tokens of their own: sizes, ascending, to which all pad their rows of tokens, in each step to the first
+             that holds the longest row, above the last one to its next multiple; (): to powers of two, and only where the ranks
+             hold different numbers of tokens
     max_tokens  how many tokens of one run the groups' workspaces are made for; a call with more runs by backends without one
     """
 
@@ -53,12 +57,15 @@ class Config:
     strict: bool = False
     link: Link | None = None
     tuning: str | None = None
+    pad_to: tuple[int, ...] = ()
     max_tokens: int = 8192
 
     def __post_init__(self) -> None:
         for what, value, known in (("codegen", self.codegen, CODEGENS), ("plan", self.plan, PLANS)):
             if value not in known:
                 raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        if any(b <= a for a, b in itertools.pairwise((0, *self.pad_to))):
+            raise InputError(f"pad_to is {self.pad_to}; give sizes of 1 or more, each larger than the one before")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens is {self.max_tokens}; give the most tokens of one run, 1 or more")
 

@@ -57,13 +57,39 @@ class Compiled:
         functools.update_wrapper(self, forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.capture_only or (ranks := getattr(self.model, "layout", None)) is None:
+            return self.run(*args, **kwargs)
+        step = ranks.begin_compiled(self._bound(args, kwargs), TOKEN_DIMS, self.config.pad_to, always=bool(self.config.pad_to))
+        return step.cut(self.run(**step.given))
+
+    def begin(self, *args: Any, **kwargs: Any) -> Any:
+        """Before a step of ranks that hold tokens of their own (`parallelize` with dp): they say how many these are, a collective
+        that no graph can hold, and pad them to a size that is the same on all (`Config.pad_to`), equal numbers too.
+
+        -> a step: `step.given`, arguments for `run`, by name, and `step.cut`, which makes of what it returned the result. A call
+           does the three; whoever puts `run` into CUDA graphs, one for each shape of `given`, does the first and the last
+           around a replay.
+        InputError for another model, different numbers of rows, and arguments that cannot be padded, such as a cache.
+        """
+        if (ranks := getattr(self.model, "layout", None)) is None:
+            raise InputError("begin: the ranks of this model hold the same tokens; call the model instead")
+        return ranks.begin_compiled(self._bound(args, kwargs), TOKEN_DIMS, self.config.pad_to, always=True)
+
+    def _bound(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Arguments by name."""
         bound = self._signature.bind_partial(*args, **kwargs).arguments
+        for name, p in self._signature.parameters.items():
+            if p.kind is p.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
+        return bound
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The compiled code alone. Every rank gives as many tokens."""
+        bound = self._bound(args, kwargs)
         for name, dim in self.token_dims.items():
             t = bound.get(name)
             if isinstance(t, torch.Tensor) and t.shape[dim] > 1:  # torch treats sizes 0 and 1 as constants
                 compat.mark_dynamic(t, dim)
-        if (ranks := getattr(self.model, "layout", None)) is not None and not self.capture_only:
-            ranks.begin_equal(next(t for t in bound.values() if isinstance(t, torch.Tensor)).numel())
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for m in self._hooked:  # training's business, which Dynamo refuses to trace
                 stack.callback(setattr, m, "_backward_hooks", m._backward_hooks)
@@ -87,7 +113,7 @@ class Compiled:
         self.captures.append(found)
         index = len(self.captures) - 1
         self._agree(found, f"graph {index}", {"sizes": str(found.tokens(1)), "codegen": self.config.codegen,
-                                              "plan": self.config.plan})
+                                              "plan": self.config.plan, "pad_to": str(self.config.pad_to)})
         for name, nbytes in found.workspace_bytes(self.config.max_tokens).items():  # in the order of the graph
             if name not in self._prepared:
                 group = resolve(name)

@@ -5,6 +5,8 @@ Nothing in a forward depends on the rank as a Python value: every rank captures 
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,11 @@ from ..errors import FormatError
 from ..ops.collectives import all_gather, all_reduce, world_size
 from ..ops.dense import amax, matmul, params_from_amax, quantize
 from ..ops.norm import rms_norm
+from .padding import zeroed
 from .slices import Slice, cut, has_data, whole
+
+if TYPE_CHECKING:
+    from .moe import Layout
 
 
 class ShardedLinear(nn.Module):
@@ -22,7 +28,11 @@ class ShardedLinear(nn.Module):
     Buffers: `weight_<part>` for each weight part and weight param of the format, `bias` (rows.size,) or None, and, when the
     activation's params are static, `input_<param>`, float32 scalars. `like`, the whole
     weight, gives device, dtype and kind (real, meta, fake) of what is made here; nothing is initialised.
+
+    layout  of a model whose ranks hold tokens of their own
     """
+
+    layout: Layout | None = None
 
     def __init__(self, name: str, rows: Slice, cols: Slice, fmt: str, group: str, like: Tensor, has_bias: bool):
         super().__init__()
@@ -73,7 +83,8 @@ class ShardedLinear(nn.Module):
             return matmul([x], [], self.weights(), self.bias, "bf16", x.dtype)
         params = [getattr(self, name) for name in self.param_names]
         if params and params[0] is None:
-            params = params_from_amax(amax(x), self.fmt)
+            padding = None if self.layout is None else self.layout.padding
+            params = params_from_amax(amax(zeroed(x, padding)), self.fmt)
         return matmul(quantize(x, params, self.fmt), params, self.weights(), self.bias, self.fmt, x.dtype)
 
     def extra_repr(self) -> str:

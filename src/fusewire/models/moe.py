@@ -24,6 +24,7 @@ from ..ops.moe import (
     combine,
     combine_all,
     combine_format,
+    exchange,
     exchange_counts,
     expert_parallel,
     experts,
@@ -31,6 +32,7 @@ from ..ops.moe import (
     route,
     watch_combine,
 )
+from .padding import Step, common_size, padded, why_not, zeroed
 from .slices import Slice, cut, even, has_data, whole
 
 PROJECTIONS = ("gate", "up", "down")
@@ -85,6 +87,8 @@ class Layout:
     place   which part of the experts this rank holds, of `parts`: consecutive over `dp`
     home    the format in which experts' shares travel to the ranks that hold their tokens: over `dp`, or else over `tp`
     counts  tokens of each rank of `dp` in this step; empty: as many on each
+    padding (own, length), int64: of each `length` rows of tokens the first `own` are this rank's, others are there only for
+            ranks to hold as many; None: all are its own
     """
 
     tp: Group | None
@@ -93,6 +97,8 @@ class Layout:
     parts: int
     home: str = "bf16"
     counts: list[int] = field(default_factory=list)
+    padding: Tensor | None = None
+    own: Tensor | None = None  # where padding is kept: a CUDA graph reads what is there when it is replayed
 
     def first(self, n: int, device: torch.device) -> Tensor:
         """The first expert of this rank, where each has n: an int64 scalar."""
@@ -102,16 +108,26 @@ class Layout:
 
     def begin(self, tokens: int) -> None:
         """Ask the other ranks of `dp` how many tokens they hold: a collective, once a step."""
+        self.padding = None
         if self.dp is not None:
             self.counts = exchange_counts(tokens, self.dp.name)
 
-    def begin_equal(self, tokens: int) -> None:
-        """The same for a step whose code was made for equal counts; InputError on every rank if they are not."""
-        self.begin(tokens)
-        counts, self.counts = self.counts, []
-        if len(set(counts)) > 1:
-            raise InputError(f"the ranks hold {counts} tokens and a compiled step needs as many on each; pad all to {max(counts)}, "
-                             "or run the model without compiling it")
+    def begin_compiled(self, given: dict[str, Any], token_dims: dict[str, int], sizes: tuple[int, ...], always: bool) -> Step:
+        """The same for a step of compiled code, whose tokens must be as many on each rank: it is padded where they are not.
+
+        given          a Hugging Face decoder's arguments by name, and which dimension of which of them counts its tokens
+        sizes, always  see `padding.common_size`, and the errors
+        """
+        assert self.dp is not None
+        ids = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+        held = exchange([*ids.shape[:2], why_not(given, token_dims)], self.dp.name)
+        self.counts, self.padding = [], None
+        if (size := common_size(held, sizes, always)) is None:
+            return Step(given)
+        if self.own is None:
+            self.own = torch.empty(2, dtype=torch.int64, device=ids.device)
+        self.padding = self.own.copy_(torch.tensor([ids.shape[1], size]))
+        return padded(given, token_dims, ids, size)
 
 
 def layout(group: Group, dp: int | None, tp: int | None, ep: int | None, combine: str | None = None) -> Layout:
@@ -240,6 +256,7 @@ class MoE(nn.Module):
         e, r, dp, home = self.experts, self.routing, self.layout.dp, self.layout.home
         params = e.static("input")
         if e.params and not params:
+            x = zeroed(x, self.layout.padding)  # for all that follows: an expert's scale is of all rows that it gets
             params = params_from_amax(amax(x) if dp is None else all_reduce_max(amax(x), dp.name), e.fmt)
         routed = self.gate.weight, self.gate.e_score_correction_bias, r.k, r.groups, r.top_groups, r.scale, r.how
         first = self.layout.first(e.mine.size, x.device)
@@ -256,7 +273,13 @@ class MoE(nn.Module):
 
 
 def idle(model: nn.Module) -> None:
-    """Take part in a step for which this rank has no tokens (`parallelize` with dp): its experts work for those of the others."""
+    """Take part in a step for which this rank has no tokens (`parallelize` with dp): its experts work for those of the others.
+
+    InputError for a compiled model: that is called with inputs of no tokens, as the other ranks call it with theirs.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"idle was given a {type(model).__name__}, not a module; call a compiled model with inputs of no tokens "
+                         "instead, such as input_ids of shape (1, 0)")
     model.layout.begin(0)
     for block in model.modules():
         if isinstance(block, MoE):

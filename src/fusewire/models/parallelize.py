@@ -41,8 +41,8 @@ def parallelize(model: nn.Module, group: Group | dist.ProcessGroup | DeviceMesh 
     quantization  a format's name, "fp8" (= "fp8_tensor"), or None (= "bf16": weights keep their dtype). Scales of activations
                   are dynamic. Embedding, lm_head and routers are never quantized.
     dp, tp        the ranks are dp rows of tp consecutive ones: a row holds the same tokens and cuts heads and dense layers, the
-                  rows have tokens of their own, which may differ in number (none too) as long as the model is not compiled.
-                  None: dp = 1, or whatever the ranks leave of the other
+                  rows have tokens of their own, which may differ in number (none too). None: dp = 1, or whatever the ranks
+                  leave of the other
     ep            over how many ranks experts are spread: always all of them
     combine       the format in which experts' shares travel to the ranks that hold their tokens and add them, in float32: None
                   (= "bf16": their own dtype), or one that quantizes row by row, "fp8_token", "fp8_block" or "mxfp8". With tp alone
@@ -155,7 +155,8 @@ def shard(model: nn.Module, ranks: Group, format_of: Callable[[str], str], over:
                 m.reduces = False
     _norms(model)
     if blocks and over.dp is not None:
-        model.layout = over
+        for m in (model, *(m for m in model.modules() if isinstance(m, ShardedLinear))):
+            m.layout = over
         model.register_forward_pre_hook(_begin_step, with_kwargs=True)
     return model.requires_grad_(False)
 

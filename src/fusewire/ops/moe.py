@@ -229,8 +229,12 @@ def _added(x: Tensor, fmt: str, counts: list[int], group: str) -> Tensor:
 
 def exchange_counts(tokens: int, group: str) -> list[int]:
     """How many tokens each rank holds, on every rank: 8 bytes from each, once a step."""
-    g = resolve(group)
-    return g.all_gather(torch.tensor([tokens]).view(torch.uint8)).view(torch.int64).tolist()
+    return [n for [n] in exchange([tokens], group)]
+
+
+def exchange(numbers: list[int], group: str) -> list[list[int]]:
+    """Every rank's numbers, on every rank: as many from each, of 8 bytes."""
+    return resolve(group).all_gather(torch.tensor(numbers).view(torch.uint8)).view(-1, 8 * len(numbers)).view(torch.int64).tolist()
 
 
 # --- shares on their way home
