@@ -196,6 +196,17 @@ def test_programs_of_a_stack_with_experts():
         assert floor_ == floor_library == [False, True, []]
 
 
+def test_workspaces_are_for_the_tokens_of_all_ranks():
+    """Ranks with experts have tokens of their own, others hold the same ones."""
+    for shape, most in (("tiny", 12), ("tiny-experts", 36)):
+        assert model.most_tokens(Namespace(shape=shape, tokens=[12, 4]), 3) == most
+    g = groups.loopback_group(2)
+    compiled = compile(stack(shapes.EXPERTS["tiny-experts"], 1, "fp8_block", g, CPU), Config())
+    compiled(**model.prompt_inputs(12, Namespace(shape="tiny-experts"), CPU))
+    found, size = compiled.last
+    assert found.tokens(size) == 24
+
+
 def test_exposed_dispatch_in_the_table(capsys):
     from rich.console import Console
 

@@ -48,7 +48,8 @@ class Config:
     pad_to   for ranks with tokens of their own: sizes, ascending, to which all pad their rows of tokens, in each step to the first
              that holds the longest row, above the last one to its next multiple; (): to powers of two, and only where the ranks
              hold different numbers of tokens
-    max_tokens  how many tokens of one run the groups' workspaces are made for; a call with more runs by backends without one
+    max_tokens  how many tokens of one run, of all ranks together, the groups' workspaces are made for; a call with more runs by
+             backends without one
     """
 
     rules: dict[str, Bounds] = field(default_factory=dict)
