@@ -66,8 +66,8 @@ def push(x: Tensor, scores: Tensor, params: list[Tensor], weight: Tensor, bias: 
         *parts, weights, ids = like
         return [*parts, ids, weights]
     _, warps, registers = row_shape(x.shape[1])
-    # Fewer programs than `pack` has: 5 on a multiprocessor send 4096 and 8192 tokens in NVFP4 faster than 6, 7 and 8 do, by up to
-    # 2 %, and in FP8 as fast (hidden = 7168, two H200).
+    # Fewer programs than `pack` has: 5 on a multiprocessor send 4096 and 8192 tokens in NVFP4 faster than 6, 7 and 8 do, by 1 to
+    # 3 %, and in FP8 as fast (hidden = 7168, two H200).
     registers = max(registers, 96)
     # all are on the device at once, as they wait for those of the peers
     programs = min(65536 // (32 * warps * registers) * processors(x.device), _tasks(max(counts)))
