@@ -144,11 +144,11 @@ def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
     flags = gemm.TILE_FLAGS * gemm.tiles(config, rows, n)  # of each source
     t = prepare(space, "matmul_reduce_scatter", nbytes(x, params, w, bias, fmt, dtype, group), flags * space.world_size)
     call = gemm.call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, space.world_size, space.rank)
-    call.m, call.partial = rows, t.data(space.rank)
-    for owner in range(space.world_size):
-        slot = t.slot(owner)
-        call.c[owner] = out.data_ptr() if owner == space.rank else t.data(owner) + slot * rows * n * dtype.itemsize
-        call.flags_to[owner] = t.flags(owner) + 4 * flags * slot
+    # A rank keeps what it made for each, and the owner fetches it: see gemm.cu.
+    call.m, call.sent = rows, t.data(space.rank)
+    for peer in range(space.world_size):
+        call.partial[peer] = t.data(peer) + t.slot(peer) * rows * n * dtype.itemsize
+        call.flags_to[peer] = t.flags(peer) + 4 * flags * t.slot(peer)
     gemm.watch(call, t)
     gemm.launch(config, call)
     return out

@@ -48,8 +48,8 @@ struct Params {
     CUtensorMap a_own, a_all;          // (1, m, k) and (world, m, k): this rank's rows of x, and all of them
     CUtensorMap b[MAX_WEIGHTS];        // (n, k)
     CUtensorMap c[MAX_WEIGHTS];        // (world, m, n) of each weight; REDUCE: (1, m, n) of this rank's rows
-    CUtensorMap partial;               // REDUCE: (world, m, n), what the peers sent here
-    char* partial_to[MAX_WORLD];       //   and (m, n) on each rank, where this source's go
+    CUtensorMap sent;                  // REDUCE: (world, m, n) of this rank's memory, from where each rank fetches its part
+    CUtensorMap partial[MAX_WORLD];    //   and (1, m, n) of each rank's, from where this one does
     const float* scale_own;            // of x: one, or one for each of this rank's m rows
     const float* scale_all;            //   likewise for all rows
     const float* scale_b[MAX_WEIGHTS]; // of w: one, or one for each of n columns
@@ -169,8 +169,9 @@ __device__ __forceinline__ void store_piece(const CUtensorMap& map, uint32_t fro
                  :: "l"(&map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
-// What goes to a peer is stored by the lanes of a warp: bulk copies that wait for the wire would hold up those that feed the
-// matmul, on the same engine.
+// GATHER: what goes to a peer is stored by the lanes of a warp: bulk copies that wait for the wire would hold up those that feed
+// the matmul, on the same engine. REDUCE: partial sums stay in this rank's memory, and their owner's bulk copies fetch them: stores
+// to a peer would take instructions beside the products, and more than the wire takes hold up everyone's requests.
 __device__ __forceinline__ uint4 load_shared(uint32_t at) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
@@ -422,26 +423,9 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     barrier_wait(made(wg, buffer), parity);
                     __syncwarp();  // no lane may miss a phase
                     const uint32_t from = buffer_at(wg, buffer);
-                    if (away) {
-                        const int n = p.n[0], unit = lane % UNITS, rows = min(64, p.m - row);
-                        char* to = p.partial_to[tile.shard] + ((int64_t)row * n + column + unit * 8) * 2;
-                        constexpr int APART = 32 / UNITS;  // rows that the warp stores at once; four times that are loaded before
-                        // Over rows it is to stay a loop: unrolled, it stores faster than the wire takes, and that holds up all that
-                        // the multiprocessor asks for (two H200, K = 4096, N = 8192: the whole kernel takes 1 to 13 % more).
-                        for (int r = lane / UNITS; r < rows; r += 4 * APART) {
-                            uint4 v[4];
-                            #pragma unroll
-                            for (int j = 0; j < 4; j++) v[j] = load_shared(from + in_piece(r + j * APART, unit));
-                            #pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                if (r + j * APART < rows && column + unit * 8 < n)
-                                    store_global(to + (int64_t)(r + j * APART) * n * 2, v[j]);
-                        }
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(free_(wg, buffer));
-                    } else if (lane == 0) {
+                    if (lane == 0) {
                         if (row < p.m && column < p.n[tile.weight])
-                            store_piece(p.c[tile.weight], from, column, row, REDUCE ? 0 : tile.shard);
+                            store_piece(away ? p.sent : p.c[tile.weight], from, column, row, REDUCE && !away ? 0 : tile.shard);
                         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
                         const bool more = !REDUCE && i + 1 < BLOCKS * PIECES;  // parts of the next sum may need this buffer
                         if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
@@ -452,7 +436,10 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     }
                     next();
                 }
-                if (away && lane == 0) set_flag(flag_to(p, tile, wg), epoch);
+                if (away && lane == 0) {
+                    asm volatile("cp.async.bulk.wait_group 0; fence.proxy.async.global;" ::: "memory");
+                    set_flag(flag_to(p, tile, wg), epoch);
+                }
                 __syncwarp();
             }
         } else if ((REDUCE || GATHER) && warp == 3) {
@@ -492,8 +479,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                             if (i == 0)
                                 wait_flag(p, flag_from(p, tile, wg, source, tm * tn * CLUSTER), epoch, source, tile.index);
                             barrier_expect(bar, PIECE_BYTES);
-                            load_tile(buffer_at(wg, buffer[wg]), p.partial, bar, tile.column + i % PIECES * PIECE,
-                                      tile.row + block * 64, source);
+                            load_tile(buffer_at(wg, buffer[wg]), p.partial[source], bar, tile.column + i % PIECES * PIECE,
+                                      tile.row + block * 64, 0);
                         } else {
                             barrier_arrive(bar);
                         }
@@ -693,8 +680,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
 
 // What gemm.py passes: all addresses on the device; strides in bytes.
 struct Call {
-    void *a_own, *a_all, *partial;
-    void *b[MAX_WEIGHTS], *c[MAX_WORLD];
+    void *a_own, *a_all, *sent;
+    void *b[MAX_WEIGHTS], *c[MAX_WEIGHTS], *partial[MAX_WORLD];
     void *scale_own, *scale_all, *scale_b[MAX_WEIGHTS], *bias[MAX_WEIGHTS], *rows_to[MAX_WORLD], *scales_to[MAX_WORLD];
     void *flags_to[MAX_WORLD], *entered_to[MAX_WORLD];
     void *flags, *epoch, *last, *state, *report;
@@ -737,9 +724,10 @@ extern "C" int launch(const Call* call, void* stream) {
         p.n[w] = c.n[w], p.n_tiles[w] = (c.n[w] + BN - 1) / BN;
     }
     if (REDUCE) {
-        for (int r = 0; r < c.world; r++) p.partial_to[r] = (char*)c.c[r];
-        e |= describe(&p.c[0], false, 3, c.c[c.rank], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
-        e |= describe(&p.partial, false, 3, c.partial, c.n[0], c.m, c.world, 2ll * c.n[0], PIECE, 64, PIECE == 64);
+        e |= describe(&p.c[0], false, 3, c.c[0], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
+        e |= describe(&p.sent, false, 3, c.sent, c.n[0], c.m, c.world, 2ll * c.n[0], PIECE, 64, PIECE == 64);
+        for (int r = 0; r < c.world; r++)
+            e |= describe(&p.partial[r], false, 3, c.partial[r], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
     }
     if (e) return 1000 + e;
     p.scale_own = (const float*)c.scale_own, p.scale_all = (const float*)c.scale_all;

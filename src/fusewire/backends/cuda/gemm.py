@@ -77,8 +77,8 @@ class Call(ctypes.Structure):
     """`struct Call` of gemm.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a_own", "a_all", "partial")),
-        ("b", ctypes.c_void_p * MAX_WEIGHTS), ("c", ctypes.c_void_p * MAX_WORLD),
+        *((name, ctypes.c_void_p) for name in ("a_own", "a_all", "sent")),
+        ("b", ctypes.c_void_p * MAX_WEIGHTS), ("c", ctypes.c_void_p * MAX_WEIGHTS), ("partial", ctypes.c_void_p * MAX_WORLD),
         ("scale_own", ctypes.c_void_p), ("scale_all", ctypes.c_void_p), ("scale_b", ctypes.c_void_p * MAX_WEIGHTS),
         ("bias", ctypes.c_void_p * MAX_WEIGHTS),
         *((name, ctypes.c_void_p * MAX_WORLD) for name in ("rows_to", "scales_to", "flags_to", "entered_to")),
