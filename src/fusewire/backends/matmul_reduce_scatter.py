@@ -4,7 +4,7 @@ push         the matmul op's own backend, then one small kernel stores partial s
              is a backend of reduce_scatter
 copy_engine  the peers' rows are multiplied first, and pushed by copy engines while the rest is multiplied: any format with
              linear scales
-epilogue     one kernel multiplies, stores each tile to its owner, and adds what came to its own last tiles: bf16, FP8
+epilogue     one kernel multiplies, keeps the peers' tiles until they fetch them, and adds what it fetches to its own: bf16, FP8
 """
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def nbytes(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor 
            group: str) -> int:
     """Bytes of the workspace: each source's partial sums of this rank's rows."""
     return x[0].shape[0] * w[0].shape[0] * dtype.itemsize
+
+
+def tile_bytes(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
+               group: str) -> int:
+    """Bytes of the workspace where tiles wait: those for each rank."""
+    world = world_size(group)
+    return world * gemm.most_tile_bytes(x[0].shape[0] // world, w[0].shape[0])
 
 
 def _why_not(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
@@ -130,7 +137,7 @@ def copy_engine(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Te
     return out
 
 
-@matmul_reduce_scatter.backend("epilogue", supports=_why_not_epilogue, nbytes=nbytes, seconds=transfer.in_one_kernel)
+@matmul_reduce_scatter.backend("epilogue", supports=_why_not_epilogue, nbytes=tile_bytes, seconds=transfer.in_one_kernel)
 def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor | None, fmt: str, dtype: torch.dtype,
              group: str) -> Tensor:
     space = workspace.of(group)
@@ -142,12 +149,12 @@ def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
     config = gemm.configure(x[0], [w[0]], space.world_size, "reduce")
     gemm.load(config)
     flags = gemm.TILE_FLAGS * gemm.tiles(config, rows, n)  # of each source
-    t = prepare(space, "matmul_reduce_scatter", nbytes(x, params, w, bias, fmt, dtype, group), flags * space.world_size)
+    t = prepare(space, "matmul_reduce_scatter", tile_bytes(x, params, w, bias, fmt, dtype, group), flags * space.world_size)
     call = gemm.call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, space.world_size, space.rank)
-    # A rank keeps what it made for each, and the owner fetches it: see gemm.cu.
-    call.m, call.sent = rows, t.data(space.rank)
-    for peer in range(space.world_size):
-        call.partial[peer] = t.data(peer) + t.slot(peer) * rows * n * dtype.itemsize
+    call.m, bytes_each = rows, gemm.most_tile_bytes(rows, n)
+    for peer in range(space.world_size):  # each keeps what it made, and the owner fetches it
+        call.sent[peer] = t.data(space.rank) + peer * bytes_each
+        call.partial[peer] = t.data(peer) + t.slot(peer) * bytes_each
         call.flags_to[peer] = t.flags(peer) + 4 * flags * t.slot(peer)
     gemm.watch(call, t)
     gemm.launch(config, call)

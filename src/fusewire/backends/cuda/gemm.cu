@@ -40,6 +40,7 @@ constexpr int COLUMNS_EACH = (BN + 127) / 128;  // of a tile, whose scales a thr
 constexpr int BARRIERS = 2 * STAGES + 6 * RING + BUFFERS + 5;  // and room for the epoch, and for how many tiles have come
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + 2 * RING * PIECE_BYTES + BUFFERS * BUFFER + 8 * BARRIERS
     + 2 * BN * 4;  // scales of the columns, for each warpgroup
+constexpr int TILE_BYTES = BM * BN * 2;  // REDUCE: of a tile as it waits to be fetched, piece by piece as in shared memory
 constexpr int TILE_FLAGS = 2;   // REDUCE: one for each warp that sends a part of a tile; with TURNS the first is for all of it
 constexpr int GROUP = 8;        // tiles of rows (of CLUSTER * BM) that take turns before the next columns: for the L2 cache
 constexpr uint64_t AFTER_REPORT_NS = 5000000000ull;  // for the host to find a report and end the process
@@ -48,8 +49,8 @@ struct Params {
     CUtensorMap a_own, a_all;          // (1, m, k) and (world, m, k): this rank's rows of x, and all of them
     CUtensorMap b[MAX_WEIGHTS];        // (n, k)
     CUtensorMap c[MAX_WEIGHTS];        // (world, m, n) of each weight; REDUCE: (1, m, n) of this rank's rows
-    CUtensorMap sent;                  // REDUCE: (world, m, n) of this rank's memory, from where each rank fetches its part
-    CUtensorMap partial[MAX_WORLD];    //   and (1, m, n) of each rank's, from where this one does
+    char* sent[MAX_WORLD];             // REDUCE: this rank's memory, from where each rank fetches its tiles
+    const char* partial[MAX_WORLD];    //   and each rank's, from where this one does
     const float* scale_own;            // of x: one, or one for each of this rank's m rows
     const float* scale_all;            //   likewise for all rows
     const float* scale_b[MAX_WEIGHTS]; // of w: one, or one for each of n columns
@@ -168,10 +169,18 @@ __device__ __forceinline__ void store_piece(const CUtensorMap& map, uint32_t fro
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
                  :: "l"(&map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
 }
+__device__ __forceinline__ void store_whole_piece(char* to, uint32_t from) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(to), "r"(from), "n"(PIECE_BYTES) : "memory");
+}
+__device__ __forceinline__ void load_whole_piece(uint32_t to, const char* from, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "n"(PIECE_BYTES), "r"(bar) : "memory");
+}
 
 // GATHER: what goes to a peer is stored by the lanes of a warp: bulk copies that wait for the wire would hold up those that feed
 // the matmul, on the same engine. REDUCE: partial sums stay in this rank's memory, and their owner's bulk copies fetch them: stores
-// to a peer would take instructions beside the products, and more than the wire takes hold up everyone's requests.
+// to a peer would take instructions beside the products, and more than the wire takes hold up everyone's requests. Pieces lie there
+// whole, as rows of 64 bytes take longer on the wire.
 __device__ __forceinline__ uint4 load_shared(uint32_t at) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
@@ -312,6 +321,11 @@ __device__ __forceinline__ uint32_t in_piece(int row, int unit) {
     return PIECE == 64 ? row * 128 + ((unit ^ (row & 7)) << 4) : row * 64 + ((unit ^ ((row >> 1) & 3)) << 4);
 }
 
+// Byte of piece i of a warpgroup's part of a tile, among the tiles that wait for their rank.
+__device__ __forceinline__ int64_t waiting(const Tile& tile, int wg, int i) {
+    return (int64_t)tile.index * TILE_BYTES + (TURNS ? i : wg * PIECES + i) * PIECE_BYTES;
+}
+
 __device__ __forceinline__ uint64_t matrix(uint32_t at) {  // K-major, 128-byte swizzle, 1024 bytes from 8 rows to the next
     return (uint64_t)((at & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -424,8 +438,10 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     __syncwarp();  // no lane may miss a phase
                     const uint32_t from = buffer_at(wg, buffer);
                     if (lane == 0) {
-                        if (row < p.m && column < p.n[tile.weight])
-                            store_piece(away ? p.sent : p.c[tile.weight], from, column, row, REDUCE && !away ? 0 : tile.shard);
+                        if (row < p.m && column < p.n[tile.weight]) {
+                            if (away) store_whole_piece(p.sent[tile.shard] + waiting(tile, wg, i), from);
+                            else store_piece(p.c[tile.weight], from, column, row, REDUCE ? 0 : tile.shard);
+                        }
                         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
                         const bool more = !REDUCE && i + 1 < BLOCKS * PIECES;  // parts of the next sum may need this buffer
                         if (more) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
@@ -472,15 +488,14 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                 for (int use = 0; lane == 0 && use < BLOCKS * PIECES * peers; use++) {
                     const int i = use / peers, peer = use % peers, source = peer + (peer >= p.rank);
                     for (int wg = whose; wg <= (TURNS ? whose : 1); wg++) {
-                        const int block = TURNS ? i / PIECES : wg;
+                        const int row = tile.row + (TURNS ? i / PIECES : wg) * 64, column = tile.column + i % PIECES * PIECE;
                         const uint32_t bar = came(wg, buffer[wg]);
                         barrier_wait(free_(wg, buffer[wg]), parity[wg]);
-                        if (tile.shard == p.rank) {
-                            if (i == 0)
-                                wait_flag(p, flag_from(p, tile, wg, source, tm * tn * CLUSTER), epoch, source, tile.index);
+                        if (tile.shard == p.rank && i == 0)
+                            wait_flag(p, flag_from(p, tile, wg, source, tm * tn * CLUSTER), epoch, source, tile.index);
+                        if (tile.shard == p.rank && row < p.m && column < p.n[0]) {
                             barrier_expect(bar, PIECE_BYTES);
-                            load_tile(buffer_at(wg, buffer[wg]), p.partial[source], bar, tile.column + i % PIECES * PIECE,
-                                      tile.row + block * 64, 0);
+                            load_whole_piece(buffer_at(wg, buffer[wg]), p.partial[source] + waiting(tile, wg, i), bar);
                         } else {
                             barrier_arrive(bar);
                         }
@@ -680,8 +695,8 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
 
 // What gemm.py passes: all addresses on the device; strides in bytes.
 struct Call {
-    void *a_own, *a_all, *sent;
-    void *b[MAX_WEIGHTS], *c[MAX_WEIGHTS], *partial[MAX_WORLD];
+    void *a_own, *a_all;
+    void *b[MAX_WEIGHTS], *c[MAX_WEIGHTS], *sent[MAX_WORLD], *partial[MAX_WORLD];
     void *scale_own, *scale_all, *scale_b[MAX_WEIGHTS], *bias[MAX_WEIGHTS], *rows_to[MAX_WORLD], *scales_to[MAX_WORLD];
     void *flags_to[MAX_WORLD], *entered_to[MAX_WORLD];
     void *flags, *epoch, *last, *state, *report;
@@ -725,9 +740,7 @@ extern "C" int launch(const Call* call, void* stream) {
     }
     if (REDUCE) {
         e |= describe(&p.c[0], false, 3, c.c[0], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
-        e |= describe(&p.sent, false, 3, c.sent, c.n[0], c.m, c.world, 2ll * c.n[0], PIECE, 64, PIECE == 64);
-        for (int r = 0; r < c.world; r++)
-            e |= describe(&p.partial[r], false, 3, c.partial[r], c.n[0], c.m, 1, 2ll * c.n[0], PIECE, 64, PIECE == 64);
+        for (int r = 0; r < c.world; r++) p.sent[r] = (char*)c.sent[r], p.partial[r] = (const char*)c.partial[r];
     }
     if (e) return 1000 + e;
     p.scale_own = (const float*)c.scale_own, p.scale_all = (const float*)c.scale_all;

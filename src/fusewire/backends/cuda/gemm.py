@@ -51,7 +51,8 @@ class Config:
         stages = min(8, (room - 2 * ring * piece_bytes) // stage_bytes)
         return {"FP8": int(self.fp8), "PRECISE": int(self.precise), "TURNS": int(self.turns), "BN": self.columns,
                 "STAGES": stages, "RING": ring, "BUFFERS": buffers, "CLUSTER": self.cluster,
-                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce"), "AHEAD": 1 if self.turns else 2,
+                "GATHER": int(self.mode == "gather"), "REDUCE": int(self.mode == "reduce"),
+                "AHEAD": 1 if self.turns and self.columns < 192 else 2,
                 "REGISTERS": 232 if self.sums > 160 else 224 if self.sums > 128 else 208}
 
     @property
@@ -62,7 +63,7 @@ class Config:
     def possible(self) -> bool:
         """Whether a tile's sums fit the registers, beside what else is there. Pieces of 32 columns would make adding the peers'
         partial sums slow."""
-        return (self.sums <= (192 if self.turns and self.mode != "reduce" else 128) and self.fp8 >= self.precise
+        return (self.sums <= (192 if self.turns else 128) and self.fp8 >= self.precise
                 and (self.mode != "reduce" or self.columns % 64 == 0))
 
 
@@ -77,8 +78,9 @@ class Call(ctypes.Structure):
     """`struct Call` of gemm.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a_own", "a_all", "sent")),
-        ("b", ctypes.c_void_p * MAX_WEIGHTS), ("c", ctypes.c_void_p * MAX_WEIGHTS), ("partial", ctypes.c_void_p * MAX_WORLD),
+        *((name, ctypes.c_void_p) for name in ("a_own", "a_all")),
+        ("b", ctypes.c_void_p * MAX_WEIGHTS), ("c", ctypes.c_void_p * MAX_WEIGHTS),
+        *((name, ctypes.c_void_p * MAX_WORLD) for name in ("sent", "partial")),
         ("scale_own", ctypes.c_void_p), ("scale_all", ctypes.c_void_p), ("scale_b", ctypes.c_void_p * MAX_WEIGHTS),
         ("bias", ctypes.c_void_p * MAX_WEIGHTS),
         *((name, ctypes.c_void_p * MAX_WORLD) for name in ("rows_to", "scales_to", "flags_to", "entered_to")),
@@ -121,6 +123,12 @@ def tiles(config: Config, m: int, n: int) -> int:
     """How many tiles the kernel makes of (m, n) outputs of one rank."""
     rows = ROWS * config.cluster
     return -(-m // rows) * config.cluster * -(-n // config.columns)
+
+
+def most_tile_bytes(m: int, n: int) -> int:
+    """Bytes of the bf16 tiles of (m, n) outputs, whatever the configuration; m may be symbolic."""
+    rows = ROWS * 2
+    return (m + rows - 1) // rows * rows * max(-(-n // columns) * columns for columns in COLUMNS) * 2
 
 
 @functools.cache
