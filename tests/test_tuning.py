@@ -346,6 +346,12 @@ def test_the_file_of_another_machine_is_refused(tmp_path, g):
         tuning.load(str(tmp_path / "none.json"), g, cpu)
 
 
+def test_what_is_packaged_can_be_read_and_says_where_it_was_measured():
+    found = [tuning.read(file) for file in sorted(tuning.PACKAGED.glob("*.json"))]
+    assert found and all(t.us and not t.loopback for t in found)
+    assert len({(t.gpu, t.world_size) for t in found}) == len(found)  # else the second of them would never be used
+
+
 def test_the_environment_and_packaged_files(tmp_path, g, monkeypatch):
     cpu = torch.device("cpu")
     assert tuning.load(None, g, cpu) is None
