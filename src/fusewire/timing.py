@@ -16,10 +16,11 @@ MOST_CALLS = 100  # in one CUDA graph: so many of a few microseconds that the ho
 # for whatever runs next; in many short turns all candidates find the same clock. On an H200 the times of one matmul under six names
 # then differed by 1 % at most in two of four sizes and by 3 % in all, in 5 rounds of 20 ms by 2 to 5 %.
 ROUNDS, ROUND_S = {"cpu": 5, "cuda": 15}, {"cpu": 0.02, "cuda": 0.004}
+MOST_ROUNDS = 101
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds: int | None = None, graph: bool = True,
-            device: torch.device | None = None) -> dict[str, float]:
+            device: torch.device | None = None, seconds: float = 0.0) -> dict[str, float]:
     """Candidate -> microseconds a call: of each rank the median of rounds in which the candidates take turns, in other orders, of
     these the largest.
 
@@ -29,10 +30,12 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
     rounds      None: as many as suit the device
     graph       on a CUDA device: replay CUDA graphs of up to MOST_CALLS calls; else the calls are made one by one
     device      where the calls run; None: the current CUDA device if this process has one in use, else the CPU (wall clock)
+    seconds     take more rounds than that, at most MOST_ROUNDS, if all together do not take longer
     """
     device = device or torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     graph = graph and device.type == "cuda"
     batches: dict[str, tuple[Callable[[], object], int]] = {}
+    turn_s = 1e-9  # there may be no candidates
     for name, call in candidates.items():
         call()
         probe = call
@@ -42,15 +45,16 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
         once = slowest([_seconds(probe, device)], group, device)[0]
         calls = max(1, min(MOST_CALLS, math.ceil(ROUND_S[device.type] / max(once, 1e-9))))
         batches[name] = _batch(call, calls, graph), calls
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds or ROUNDS[device.type]):
+        turn_s += 2 * calls * once
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(max(rounds or ROUNDS[device.type], min(MOST_ROUNDS, int(seconds / turn_s)))):
         # in another order each time, on all ranks alike
         for name in random.Random(turn).sample(list(batches), len(batches)):
             batch, calls = batches[name]
             slowest([], group, device)
             batch()  # on the devices, ranks that exchange something start the rest together
-            seconds[name].append(_seconds(batch, device) / calls)
-    medians = slowest([statistics.median(s) for s in seconds.values()], group, device)
+            taken[name].append(_seconds(batch, device) / calls)
+    medians = slowest([statistics.median(s) for s in taken.values()], group, device)
     return dict(zip(candidates, (1e6 * s for s in medians), strict=True))
 
 
