@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fusewire import formats, tuning
 from fusewire.backends import moe as transport
 from fusewire.config import GLOO
-from fusewire.errors import FormatError, InputError
+from fusewire.errors import FormatError, FusewireError, InputError
 from fusewire.group import fake_group, grid, resolve, simulate
 from fusewire.models import idle, parallelize
 from fusewire.models.moe import FAMILIES, MoE, layout
@@ -407,8 +407,16 @@ def test_all_to_all_sends_what_was_chosen(ranks, meter):
     record = 128 // 2 + 128 // 16 + 3 + 12
     assert [what for what, _ in log] == ["all_to_all", "exchange", "exchange"]
     assert log[0][1] == 24 and log[1][1] == reached * record
-    expected = moe.transports(b.x[0], b.routing[0], 3, 4, "nvfp4", 200, 4)
+    expected = moe.transports(b.x[0], b.routing[0], 3, 4, "nvfp4", 800, 4)
     assert reached < 600 and expected["all_to_all"][0] < expected["all_gather"][0] == 3 * 200 * (record + 256)
+
+
+def test_an_all_to_all_is_refused_while_a_graph_is_captured(ranks, monkeypatch):
+    b = Block(ranks(2), "fp8_block", counts=(2, 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(FusewireError, match="all_to_all, chosen for 2 tokens, asks the device how many go to each rank"):
+        transport.all_to_all(*b.args(0))
 
 
 def test_the_transport_is_chosen_by_bytes_and_messages(ranks):
@@ -418,8 +426,8 @@ def test_the_transport_is_chosen_by_bytes_and_messages(ranks):
         tuning.use(b.group, None, GLOO)
         chosen = {expert_parallel.select(*b.args(rank)).backend.name for rank in range(4)}  # whatever a rank itself holds
         assert chosen == {name} and expert_parallel.select(*b.args(0)).how == "modelled"
-    found = moe.transports(few.x[0], few.routing[0], 3, 4, "nvfp4", 2, 4)
-    assert found == {"all_gather": (3 * 2 * (256 + 32 + 3 + 12 + 1024), 2), "all_to_all": (4857, 3)}
+    found = moe.transports(few.x[0], few.routing[0], 3, 4, "nvfp4", 8, 4)
+    assert found == {"all_gather": (3 * 2 * (256 + 32 + 3 + 12 + 1024), 2), "all_to_all": (4858, 3)}
     assert moe.ranks_reached(256, 128, 8) == pytest.approx(0.9966, abs=1e-4)
 
 

@@ -134,7 +134,7 @@ def test_bytes_of_a_token_of_deepseek_r1(ranks, meter, fmt, a_row, counts):  # n
     log = meter(group)
     b.run(lambda rank: expert_parallel.reference(*b.args(rank, counts=counts[0] != counts[1])))
     assert len(log) == 2 and log[1][1] == b.counts[1] * a_row
-    bf16, quantized = (moe.transports(b.x[0], b.routing[0], 8, 128, "nvfp4", 3, 2, home)["all_gather"] for home in ("bf16", fmt))
+    bf16, quantized = (moe.transports(b.x[0], b.routing[0], 8, 128, "nvfp4", 6, 2, home)["all_gather"] for home in ("bf16", fmt))
     assert bf16[0] - quantized[0] == 3 * (2 * 7168 - a_row) and bf16[1] == quantized[1] == 2
     if counts[0] == counts[1]:
         usage = expert_parallel.usage(*b.args(0, counts=False))
@@ -148,7 +148,7 @@ def test_all_to_all_sends_quantized_rows_home(ranks, meter):  # noqa: F811
     b.run(lambda rank: transport.all_to_all(*b.args(rank)))
     rows = sum((route(b.x[r], *b.routing)[0].long() // 4 == 0).any(1).sum().item() for r in (1, 2, 3))
     assert [what for what, _ in log] == ["all_to_all", "exchange", "exchange"] and log[2][1] == rows * (128 + 4)
-    bf16, quantized = (moe.transports(b.x[1], b.routing[0], 3, 4, "nvfp4", 200, 4, home)["all_to_all"]
+    bf16, quantized = (moe.transports(b.x[1], b.routing[0], 3, 4, "nvfp4", 800, 4, home)["all_to_all"]
                        for home in ("bf16", "fp8_token"))
     assert bf16[0] - quantized[0] == pytest.approx(3 * 200 * (256 - 132) * moe.ranks_reached(16, 4, 3), abs=4)
 

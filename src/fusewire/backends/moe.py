@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import FusewireError
 from ..group import resolve
 from ..op import seconds_of_program
 from ..ops import moe
@@ -30,7 +31,7 @@ def _wire(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, 
           scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
           mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> tuple[int, int]:
     world = resolve(group).world_size
-    tokens = sum(counts) // world if counts else x.shape[0]  # the same on every rank, for all must choose the same
+    tokens = sum(counts) if counts else world * x.shape[0]
     return moe.transports(x, weight, k, gate[0].shape[0], fmt, tokens, world, home)["all_to_all"]
 
 
@@ -38,6 +39,10 @@ def _wire(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, 
 def all_to_all(x: Tensor, params: list[Tensor], weight: Tensor, bias: Tensor | None, k: int, groups: int, top_groups: int,
                scale: float, how: str, first: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor],
                mid_params: list[Tensor], act: str, fmt: str, home: str, counts: list[int], group: str) -> Tensor:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise FusewireError(f"expert_parallel: its backend all_to_all, chosen for {x.shape[0]} tokens, asks the device how many go "
+                            "to each rank, which a CUDA graph cannot hold; run this size without one, or give a tuning in which "
+                            "another backend is faster")
     g, n = resolve(group), gate[0].shape[0]
     records = route_quantize_pack(x, params, weight, bias, k, groups, top_groups, scale, how, fmt)
     like = moe.record_like(x, weight, k, fmt)

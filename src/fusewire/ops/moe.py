@@ -188,13 +188,17 @@ def _total(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]:
     return [t.new_empty((sum(counts), *t.shape[1:])) for t in x]
 
 
-def _mean_sent(x: list[Tensor], counts: list[int]) -> int:
-    """What a rank sends of rows of which each rank has its count, on average: the same number on every rank, for what ranks
-    decide by it they must decide alike."""
-    return (len(counts) - 1) * (sum(counts) // len(counts)) * nbytes([t.new_empty((1, *t.shape[1:])) for t in x])
+def sent(rows: int, row_bytes: int, world: int) -> int:
+    """Bytes that a rank sends if all ranks together have so many rows and each of them goes to all others: the mean, where some
+    have more. It is the same number on every rank, for what ranks decide by it they must decide alike."""
+    return (world - 1) * rows * row_bytes // world
 
 
-@op(fake=_total, wire=lambda x, counts, group: _mean_sent(x, counts))
+def _row_nbytes(x: list[Tensor]) -> int:
+    return nbytes([t.new_empty((1, *t.shape[1:])) for t in x])
+
+
+@op(fake=_total, wire=lambda x, counts, group: sent(sum(counts), _row_nbytes(x), len(counts)))
 def all_gather_v(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]:
     """Each (counts[rank], n) -> (sum of counts, n), in rank order: `all_gather` for ranks that hold different numbers of tokens.
 
@@ -208,7 +212,7 @@ def all_gather_v(x: list[Tensor], counts: list[int], group: str) -> list[Tensor]
 
 
 @op(fake=lambda x, counts, group: x.new_empty((counts[resolve(group).rank()], *x.shape[1:])),
-    wire=lambda x, counts, group: _mean_sent([x], counts))
+    wire=lambda x, counts, group: sent(sum(counts), _row_nbytes([x]), len(counts)))
 def reduce_scatter_v(x: Tensor, counts: list[int], group: str) -> Tensor:
     """(sum of counts, n) -> (counts[rank], n): the sum over ranks of this rank's rows, the bits of `reduce_scatter`."""
     _check_counts([x], counts, group, "reduce_scatter_v", whole=True)
@@ -299,8 +303,7 @@ def _combined(x: Tensor, fmt: str, counts: list[int], group: str) -> Tensor:
 
 
 def _combine_bytes(x: Tensor, fmt: str, counts: list[int], group: str) -> int:
-    world = world_size(group)
-    return (world - 1) * (sum(counts) // world if counts else x.shape[0] // world) * share_bytes(x, fmt)
+    return sent(sum(counts) if counts else x.shape[0], share_bytes(x, fmt), world_size(group))
 
 
 @op(fake=_combined, wire=_combine_bytes)
@@ -486,12 +489,12 @@ def ranks_reached(experts_in_all: int, experts_a_rank: int, k: int) -> float:
 
 def transports(x: Tensor, weight: Tensor, k: int, n: int, fmt: str, tokens: int, world: int,
                home: str = "bf16") -> dict[str, tuple[int, int]]:
-    """Transport -> (bytes, messages) that a rank sends, dispatch and combine, for `tokens` of its own; `home` as for
-    `expert_parallel`.
+    """Transport -> (bytes, messages) that a rank sends, dispatch and combine, if all ranks together have so many `tokens`; `home`
+    as for `expert_parallel`.
 
     The bytes of the all-to-all are those that are expected if every set of k experts is as likely.
     """
     a_token = record_bytes(x, weight, k, fmt) + share_bytes(x, home)
     reached = round(ranks_reached(weight.shape[0], n, k) * 2**20)
-    return {"all_gather": ((world - 1) * tokens * a_token, 2),
-            "all_to_all": ((world - 1) * (tokens * a_token * reached // 2**20 + 8), 3)}
+    return {"all_gather": (sent(tokens, a_token, world), 2),
+            "all_to_all": (sent(tokens, a_token * reached, world) // 2**20 + 8 * (world - 1), 3)}

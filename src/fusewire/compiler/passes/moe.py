@@ -102,7 +102,7 @@ def fuse_expert_parallel(rs: fx.Node) -> Verdict | None:
         made = call(rs.graph, expert_parallel, *d.args[:-2], *e.args[op_of(e).params.index("first"):-1], home, [], group,
                     sites=sites_of(d, rs))
     replace(rs, made)
-    found = transports(val(x), val(arg(d, "weight")), arg(d, "k"), n, arg(e, "fmt"), 1, world_size(group), home)
+    found = transports(val(x), val(arg(d, "weight")), arg(d, "k"), n, arg(e, "fmt"), world_size(group), world_size(group), home)
     (gather, messages), (direct, more) = found["all_gather"], found["all_to_all"]
     return fused(f"{expert_parallel.name}: a rank sends {gather} bytes for each of its tokens by all_gather, in {messages} "
                  f"messages, or about {direct} by all_to_all, in {more}")
