@@ -131,17 +131,18 @@ def test_every_tile_is_made_once_and_in_time(tmp_path, reduce, ahead):
 @pytest.mark.parametrize(("turns", "cluster"), [(0, 1), (0, 2), (1, 1), (1, 2)])
 def test_a_partial_sum_is_awaited_where_its_flag_is_set(tmp_path, monkeypatch, turns, cluster, loopback):
     """What the kernel makes of the addresses that the backend gives it, on every rank: each flag is set once, waited for once,
-    and one of those that the call asked the workspace for."""
+    and one of those that the call asked the workspace for. Tiles are fetched from where they were stored for that rank, within
+    what the call asked for, and those for other ranks lie elsewhere."""
     made, n = order(tmp_path, REDUCE=1, AHEAD=1, TURNS=turns, CLUSTER=cluster), 1288
     launched, asked = [], []
     monkeypatch.setattr(gemm, "load", lambda config: None)
     monkeypatch.setattr(gemm, "launch", lambda config, call: launched.append(call))
     monkeypatch.setattr(device, "processors", lambda device: 132)
-    monkeypatch.setattr(scatters, "prepare", lambda space, op, nbytes, flags: asked.append(flags) or Transfer(space, op, 1))
+    monkeypatch.setattr(scatters, "prepare", lambda space, op, *needs: asked.append(needs) or Transfer(space, op, 1))
     for world, m, columns in itertools.product((2, 4, 8), (1, 64, 65, 128) if cluster == 1 else (129, 511), (64, 128, 192)):
         config = gemm.Config(False, columns, cluster, "reduce", turns=bool(turns))
         monkeypatch.setattr(gemm, "configure", lambda *_, config=config: config)
-        found = {"set": [], "awaited": []}
+        found, stored, fetched = {"set": [], "awaited": []}, {}, {}
         memories = [torch.empty(1 << 21, dtype=torch.uint8) for _ in range(world)]
         x, w = torch.empty(m * world, 64, dtype=torch.bfloat16), torch.empty(n, 64, dtype=torch.bfloat16)
         for rank in range(1 if loopback else world):
@@ -151,14 +152,25 @@ def test_a_partial_sum_is_awaited_where_its_flag_is_set(tmp_path, monkeypatch, t
             monkeypatch.setattr(workspace, "of", lambda group, space=space: space)
             scatters.epilogue([x], [], [w], None, "bf16", torch.bfloat16, "g")
             call = launched.pop()
+            stored |= {(rank, peer): call.sent[peer] for peer in range(world) if peer != rank}
+            fetched |= {(peer, rank): call.partial[peer] for peer in range(world) if peer != rank}
             given = (m, world, rank, -(-n // columns), 7, call.flags, *call.flags_to[:world])
             said = subprocess.run([str(made), *map(str, given)], capture_output=True, text=True, check=True).stdout
             for line in said.splitlines():
                 found[line.split()[0]].append(int(line.split()[1]))
         assert sorted(found["set"]) == sorted(found["awaited"]) and len(set(found["set"])) == len(found["set"])
         assert len(found["set"]) == (1 if loopback else world) * (world - 1) * gemm.tiles(config, m, n) * (2 - turns)
+        nbytes, flags = asked[-1]
         starts = [Transfer(space, "", 1).flags(rank) for rank in range(world)]
-        assert all(any(0 <= at - start < 4 * asked[-1] for start in starts) for at in found["set"])
+        assert all(any(0 <= at - start < 4 * flags for start in starts) for at in found["set"])
+        size, halves = gemm.tiles(config, m, n) * 128 * columns * 2, [Transfer(space, "", 1).data(rank) for rank in range(world)]
+        if loopback:  # a peer's tiles for this rank are those that it made for the peer
+            assert [stored[0, peer] for peer in range(1, world)] == [fetched[peer, 0] for peer in range(1, world)]
+        else:
+            assert stored == fetched
+        assert all(0 <= at - halves[rank] <= nbytes - size for (rank, _), at in stored.items())
+        for rank in range(1 if loopback else world):
+            assert all(b - a >= size for a, b in itertools.pairwise(sorted(at for (by, _), at in stored.items() if by == rank)))
 
 
 def test_the_tile_wastes_no_wave():

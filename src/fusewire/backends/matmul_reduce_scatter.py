@@ -149,9 +149,10 @@ def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
     config = gemm.configure(x[0], [w[0]], space.world_size, "reduce")
     gemm.load(config)
     flags = gemm.TILE_FLAGS * gemm.tiles(config, rows, n)  # of each source
-    t = prepare(space, "matmul_reduce_scatter", tile_bytes(x, params, w, bias, fmt, dtype, group), flags * space.world_size)
+    bytes_each = gemm.most_tile_bytes(rows, n)
+    t = prepare(space, "matmul_reduce_scatter", bytes_each * space.world_size, flags * space.world_size)
     call = gemm.call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, space.world_size, space.rank)
-    call.m, bytes_each = rows, gemm.most_tile_bytes(rows, n)
+    call.m = rows
     for peer in range(space.world_size):  # each keeps what it made, and the owner fetches it
         call.sent[peer] = t.data(space.rank) + peer * bytes_each
         call.partial[peer] = t.data(peer) + t.slot(peer) * bytes_each
