@@ -199,6 +199,7 @@ def test_a_refusal_is_one_sentence(model, tmp_path, case):
     print(f"{case}: {seconds:.1f} s of computing, {time.monotonic() - start:.1f} s in all: {done.stderr}")
     assert done.returncode == 2, done.stderr
     assert len(done.stdout.split()) <= 1  # nothing, or the prompt
+    assert done.stdout[-1:] in ("", "\n")
     [line] = done.stderr.splitlines()
     assert line.startswith("fusewire: ") and re.search(sentence, line), line
     assert seconds < 10

@@ -229,7 +229,12 @@ def run_rank(context: Any, model: str, args: argparse.Namespace, config: Any) ->
     if context.rank == 0:
         console.out(args.prompt, end="", style="dim", highlight=False)
     compiled = compile(session.model, config)
-    run = run_text(session, compiled, ids, args.max_tokens, context.phase, show)
+    try:
+        run = run_text(session, compiled, ids, args.max_tokens, context.phase, show)
+    except FusewireError:
+        if context.rank == 0:
+            console.out("")  # ends the prompt's line
+        raise
     compiled.plan = "unfused"  # the same captured graphs, with nothing fused
     unfused = run_text(session, compiled, ids, args.max_tokens, context.phase) if args.compare else None
     off = None
