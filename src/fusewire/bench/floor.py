@@ -14,7 +14,8 @@ from ..ops.collectives import world_size
 from ..ops.dense import linear, matmul, matmuls_of_linear, quantize
 from ..ops.norm import add_rms_norm, rms_norm
 
-# What is left of an op without its wire, with the op's own arguments. A sum keeps this rank's part, a gather repeats it.
+# What is left of an op without its wire, with the op's own arguments. A sum keeps this rank's part, a gather repeats it. Norms and
+# quantization are called as references, as the graph's others are: Inductor does not look into an op that chooses when it runs.
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
@@ -38,9 +39,9 @@ def matmul_reduce_scatter(x, params, w, bias, fmt, dtype, group):
 
 
 def all_reduce_norm_quant(x, residual, weight, eps, offset, cast_first, params, fmt, keep_norm, group):
-    y, total = (rms_norm(x, weight, eps, offset, cast_first), x) if residual is None else add_rms_norm(
+    y, total = (rms_norm.reference(x, weight, eps, offset, cast_first), x) if residual is None else add_rms_norm.reference(
         x, residual, weight, eps, offset, cast_first)
-    return [total, *([y] if keep_norm else []), *([] if fmt == "bf16" else quantize(y, params, fmt))]
+    return [total, *([y] if keep_norm else []), *([] if fmt == "bf16" else quantize.reference(y, params, fmt))]
 
 
 def norm_quant_all_gather_matmul(x, residual, weight, eps, offset, cast_first, keep_norm, params, ws, biases, fmt, dtype, group):
