@@ -67,10 +67,15 @@ class Config:
                 and (self.mode != "reduce" or self.columns % 64 == 0))
 
 
-# For the choice of a tile, from measurements on an H200: a tile takes (columns + TILE_COLUMNS) * bytes of k * COLUMN_BYTE_US, more
-# where peers' sums are added at its end (SUM_COLUMNS), less where another warpgroup multiplies meanwhile (TURN_COLUMNS; then only
-# the last tile's end counts). A rank that sends and receives in the same wave waits EXCHANGE_US for its peers' partial sums.
-TILE_COLUMNS, SUM_COLUMNS, TURN_COLUMNS, COLUMN_BYTE_US, EXCHANGE_US = 24, 40, 8, 2.1e-5, 6.0
+# For the choice of a tile, from measurements on H200s; counted in columns of a tile times bytes of k, which take CYCLE_US each. A
+# tile's end takes END more, or where peers' sums are added ADD_END; in turns, while the other warpgroup multiplies, less, and then
+# the last one's counts too. A rank that sends and receives in the same wave waits EXCHANGE_US. With more than FEW rows a GPU is at
+# its power limit, and how fast its clock is depends on the energy of products (WORK_US) and of copies into shared memory (COPY_US,
+# for a tile's rows and columns over their product). Plain products of 4,096 rows, one of seven tiles and four shapes over and over
+# again, took that within 4 %, and those that exchange something up to 8 % more.
+CYCLE_US, WORK_US, COPY_US, EXCHANGE_US = 1.27e-5, 6.6e-6, 4.5e-4, 4.5
+END, ADD_END, TURN_END, TURN_ADD_END = 150e3, 300e3, 50e3, 70e3
+FEW = 2048
 COLUMNS = (64, 96, 128, 160, 192, 224, 256)  # multiples of 32, so that a piece of 32 or 64 columns divides them
 
 
@@ -104,10 +109,12 @@ def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, pr
     """Which tile suits `world` times m rows and so many columns, if `programs` run at once."""
     def us(config: Config) -> float:
         count = world * sum(tiles(config, m, n) for n in ns) // config.cluster
-        waves = -(-count // (programs // config.cluster))
-        over = (TURN_COLUMNS, TILE_COLUMNS) if config.turns else (SUM_COLUMNS if mode == "reduce" else TILE_COLUMNS, 0)
-        alone = (waves * (config.columns + over[0]) + over[1]) * k_bytes * COLUMN_BYTE_US
-        return alone + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
+        waves, each = -(-count // (programs // config.cluster)), config.columns * k_bytes
+        end, turn_end = (ADD_END, TURN_ADD_END) if mode == "reduce" else (END, TURN_END)
+        taken = CYCLE_US * (waves * (each + turn_end) + end if config.turns else waves * (each + end))
+        if world * m > FEW:
+            taken += count * config.cluster / programs * each * (WORK_US + COPY_US * (1 / ROWS + 1 / config.columns))
+        return taken + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 
     tried = [Config(fp8, columns, 2 if m > ROWS else 1, mode, precise, turns) for columns in COLUMNS for turns in (False, True)]
     tried = [config for config in tried if config.possible()]
