@@ -139,7 +139,7 @@ def test_a_partial_sum_is_awaited_where_its_flag_is_set(tmp_path, monkeypatch, t
     monkeypatch.setattr(gemm, "launch", lambda config, call: launched.append(call))
     monkeypatch.setattr(device, "processors", lambda device: 132)
     monkeypatch.setattr(scatters, "prepare", lambda space, op, *needs: asked.append(needs) or Transfer(space, op, 1))
-    for world, m, columns in itertools.product((2, 4, 8), (1, 64, 65, 128) if cluster == 1 else (129, 511), (64, 128, 192)):
+    for world, m, columns in itertools.product((2, 4, 8), (1, 64, 65, 128) if cluster == 1 else (129, 511), (64, 128, 192, 256)):
         config = gemm.Config(False, columns, cluster, "reduce", turns=bool(turns))
         monkeypatch.setattr(gemm, "configure", lambda *_, config=config: config)
         found, stored, fetched = {"set": [], "awaited": []}, {}, {}
@@ -176,25 +176,32 @@ def test_a_partial_sum_is_awaited_where_its_flag_is_set(tmp_path, monkeypatch, t
 def test_the_tile_wastes_no_wave():
     """With 132 programs, (2048, 5120) is 2 x 8 x 32 tiles of 160 columns, four waves, and 16 x 20 of 256, three that are longer."""
     def columns(m, n, k, world=1, mode="plain", precise=False):
-        return gemm.fastest(True, m, (n,), k, world, 132, mode, precise).columns
+        return gemm.fastest(True, m, (n,), k, world, 132, mode, precise, False).columns
 
     assert columns(2048, 5120, 8192) == 160
     assert columns(2048, 5120, 8192, precise=True) <= 128
-    assert gemm.fastest(True, 64, (5120,), 8192, 2, 132, "gather", False).cluster == 1
+    assert gemm.fastest(True, 64, (5120,), 8192, 2, 132, "gather", False, False).cluster == 1
     assert columns(512, 8192, 4096, 2, "reduce") % 64 == 0
     assert gemm.tiles(gemm.Config(True, 256, 2), 129, 257) == 4
 
 
-def test_at_the_power_limit_a_tile_saves_copies():
+def test_at_the_power_limit_a_tile_saves_copies(monkeypatch):
     """Tiles of 160 columns in turns take fewer cycles of (4096, 28672), those of 256 less energy, and on an H200 less time."""
-    def config(m, n, k, mode="plain", world=1):
-        found = gemm.fastest(True, m, (n,), k, world, 132, mode, False)
+    monkeypatch.setattr(device, "processors", lambda device: 132)
+
+    def config(m, n, k, mode="plain", world=1, fmt="fp8_tensor"):
+        rows = m * world if mode == "reduce" else m
+        x, w = (torch.empty(count, k, dtype=torch.float8_e4m3fn, device="meta") for count in (rows, n))
+        found = gemm.configure(x, [w], fmt, world, mode)
         return found.columns, found.turns
 
     assert config(2048, 28672, 8192) == (160, True) and config(4096, 28672, 8192) == (256, False)
     assert config(2048, 14336, 8192, "gather", 2) == config(2048, 8192, 14336, "reduce", 2) == (256, False)
-    assert config(1024, 8192, 14336, "reduce", 2) == (128, True)
+    assert config(1024, 8192, 14336, "reduce", 2) == config(1024, 8192, 14336, "reduce", 4) == (128, True)
     assert config(4096, 8192, 4096) == (256, False) and config(2048, 8192, 4096, "reduce", 2) == (192, True)  # the end counts more
+    assert config(4096, 28672, 8192, fmt="fp8_token") == (160, True)
+    monkeypatch.setattr(gemm.aten, "FAST_ACCUMULATION", False)
+    assert config(4096, 28672, 8192)[0] <= 128
 
 
 @pytest.mark.parametrize(("change", "sentence"), [

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import dist as ranks
 import pytest
@@ -188,6 +189,43 @@ def test_numbers(world, fmt):
     assert [r[fmt][1] for r in ran] == [[] for _ in range(world)]
     assert ran[0][fmt][0] >= 16
     print(f"\n{world} ranks, {fmt}: {ran[0][fmt][0]} cases")
+
+
+def every_tile(rank: int, world: int) -> tuple[int, list[str]]:
+    """(how many tiles ran, whose outputs differ): both kernels, with each tile that they can have."""
+    name, wrong = connect(), []
+    (m, k, n), fmt = MANY_TILES, "fp8_tensor"
+    xs, p, w = [parts(rows(m * world, k, r), fmt) for r in range(world)], params_of(fmt), weight(n, k, fmt)
+    shards = [[t[:m] for t in x] for x in xs]
+    whole = [torch.cat(part) for part in zip(*shards, strict=True)]
+    mine = slice(rank * m, (rank + 1) * m)
+    want = {"gather": gemm.product(whole, p, w, None, fmt),
+            "reduce": functools.reduce(torch.add, [gemm.product(x, p, w, None, fmt)[mine].float() for x in xs]).bfloat16()}
+    for config in TILES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gemm, "configure", lambda *_, config=config: config)
+            if config.mode == "gather":
+                got = gathers.gated(shards[rank], p, w, [None], fmt, torch.bfloat16, name)[0]
+            else:
+                got = scatters.epilogue(xs[rank], p, w, None, fmt, torch.bfloat16, name)
+        if differ := int((got != want[config.mode]).sum()):
+            wrong.append(f"{config}: {differ} of {got.numel()} differ")
+    return len(TILES), wrong
+
+
+MANY_TILES = (600, 1024, 1288)  # rows of each rank, k, columns
+TILES = [config for mode in ("gather", "reduce") for columns in gemm.COLUMNS for turns in (False, True)
+         if (config := gemm.Config(True, columns, 2, mode, turns=turns)).possible()]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_tile(world):
+    """Whichever tile a call takes, the sum along k has the same order."""
+    with ThreadPoolExecutor() as some:  # once for all ranks
+        list(some.map(gemm.build, TILES))
+    ran = ranks.run_ranks(every_tile, world, world, timeout_s=200)
+    assert [wrong for _, wrong in ran] == [[] for _ in range(world)]
+    assert {count for count, _ in ran} == {len(TILES)} == {19}
 
 
 WITHOUT_WAIT = {"push": gathers.pushed, "gated": gathers.in_one_kernel}

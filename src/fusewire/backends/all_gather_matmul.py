@@ -124,7 +124,7 @@ def in_one_kernel(x: list[Tensor], params: list[Tensor], ws: list[Tensor], biase
     if rows == 0:
         return out
     weights = split_weights(ws, fmt)
-    config = gemm.configure(x[0], [w[0] for w in weights], space.world_size, "gather")
+    config = gemm.configure(x[0], [w[0] for w in weights], fmt, space.world_size, "gather")
     gemm.load(config)
     unit = gemm.unit(rows, device.processors(x[0].device))
     units = -(-rows // unit)

@@ -146,7 +146,7 @@ def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
     if out.numel() == 0:
         return out
     x = [gemm.rows_apart(part) for part in x]
-    config = gemm.configure(x[0], [w[0]], space.world_size, "reduce")
+    config = gemm.configure(x[0], [w[0]], fmt, space.world_size, "reduce")
     gemm.load(config)
     flags = gemm.TILE_FLAGS * gemm.tiles(config, rows, n)  # of each source
     bytes_each = gemm.most_tile_bytes(rows, n)

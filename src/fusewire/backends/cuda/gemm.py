@@ -68,14 +68,15 @@ class Config:
 
 
 # For the choice of a tile, from measurements on H200s; counted in columns of a tile times bytes of k, which take CYCLE_US each. A
-# tile's end takes END more, or where peers' sums are added ADD_END; in turns, while the other warpgroup multiplies, less, and then
-# the last one's counts too. A rank that sends and receives in the same wave waits EXCHANGE_US. With more than FEW rows a GPU is at
-# its power limit, and how fast its clock is depends on the energy of products (WORK_US) and of copies into shared memory (COPY_US,
-# for a tile's rows and columns over their product). Plain products of 4,096 rows, one of seven tiles and four shapes over and over
-# again, took that within 4 %, and those that exchange something up to 8 % more.
-CYCLE_US, WORK_US, COPY_US, EXCHANGE_US = 1.27e-5, 6.6e-6, 4.5e-4, 4.5
-END, ADD_END, TURN_END, TURN_ADD_END = 150e3, 300e3, 50e3, 70e3
-FEW = 2048
+# tile's end takes END more, or where peers' sums are added ADD_END; in turns, while the other warpgroup multiplies, less. A rank
+# that sends and receives in the same wave waits EXCHANGE_US. Products of many rows, more than MANY, run at the GPU's power limit,
+# and how fast its clock is depends on the energy of products (WORK_US) and of copies into shared memory (COPY_US, for a tile's rows
+# and columns over their product): plain ones of 4,096 rows in FP8, with one of seven tiles and four shapes over and over again,
+# took that within 4 %, and those between two ranks up to 8 % more. With scales of rows, whose use at a tile's end takes longer, the
+# larger tiles that save energy were slower; in bf16 and among more ranks that was not measured.
+CYCLE_US, WORK_US, COPY_US, EXCHANGE_US = 1.27e-5, 6.6e-6, 4.5e-4, 4.0
+END, ADD_END, TURN_END, TURN_ADD_END = 150e3, 300e3, 55e3, 45e3
+MANY, LIMITED_WORLD, LIMITED_FORMAT = 2048, 2, "fp8_tensor"
 COLUMNS = (64, 96, 128, 160, 192, 224, 256)  # multiples of 32, so that a piece of 32 or 64 columns divides them
 
 
@@ -97,22 +98,26 @@ class Call(ctypes.Structure):
     ]
 
 
-def configure(x: Tensor, ws: Sequence[Tensor], world: int, mode: str = "plain") -> Config:
-    """The tile for a product: the one whose last wave wastes least. x: this rank's rows, or all rows to "reduce"."""
+def configure(x: Tensor, ws: Sequence[Tensor], fmt: str, world: int, mode: str = "plain") -> Config:
+    """The tile for a product. x: this rank's rows, or all rows to "reduce"."""
     fp8, m = x.dtype == torch.float8_e4m3fn, x.shape[0] // (world if mode == "reduce" else 1)
+    precise = fp8 and not aten.FAST_ACCUMULATION
+    limited = fmt == LIMITED_FORMAT and not precise and world <= LIMITED_WORLD and world * m > MANY
     return fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, device.processors(x.device), mode,
-                   fp8 and not aten.FAST_ACCUMULATION)
+                   precise, limited)
 
 
 @functools.cache
-def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, programs: int, mode: str, precise: bool) -> Config:
-    """Which tile suits `world` times m rows and so many columns, if `programs` run at once."""
+def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, programs: int, mode: str, precise: bool,
+            limited: bool) -> Config:
+    """Which tile suits `world` times m rows and so many columns, if `programs` run at once: the one whose last wave wastes least,
+    and at the power limit, `limited`, least energy too."""
     def us(config: Config) -> float:
         count = world * sum(tiles(config, m, n) for n in ns) // config.cluster
         waves, each = -(-count // (programs // config.cluster)), config.columns * k_bytes
         end, turn_end = (ADD_END, TURN_ADD_END) if mode == "reduce" else (END, TURN_END)
-        taken = CYCLE_US * (waves * (each + turn_end) + end if config.turns else waves * (each + end))
-        if world * m > FEW:
+        taken = CYCLE_US * (waves * (each + turn_end) + END if config.turns else waves * (each + end))
+        if limited:
             taken += count * config.cluster / programs * each * (WORK_US + COPY_US * (1 / ROWS + 1 / config.columns))
         return taken + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 
@@ -270,7 +275,7 @@ def product(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tensor
     x = [rows_apart(part) for part in x]
     out = x[0].new_empty((x[0].shape[0], w[0].shape[0]), dtype=torch.bfloat16)
     if out.numel():
-        launch(configure(x[0], [w[0]], 1), call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, 1, 0))
+        launch(configure(x[0], [w[0]], fmt, 1), call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, 1, 0))
     return out
 
 
