@@ -41,6 +41,23 @@ def test_short_candidates_are_timed_in_more_rounds(monkeypatch):
     assert (log.count("a") - 2) // 2 == 9 and (log.count("b") - 2) // 2 == 7  # but for the first call and the estimate
 
 
+def test_a_candidate_may_settle_in_each_turn(monkeypatch):
+    """It runs for settle_s before it is timed, and is timed for as long; the time is that of one call."""
+    def seconds(run, device):
+        before = len(log)
+        run()
+        return 0.01 * (len(log) - before)
+
+    monkeypatch.setattr(timing, "_seconds", seconds)
+    monkeypatch.setitem(timing.ROUND_S, "cpu", 0.02)  # two calls in a batch
+    g, log = group.loopback_group(2), []
+    us = timing.measure({name: sleeper(0.0, log, name) for name in "ab"}, g, rounds=3, settle_s=0.055)
+    group.close(g)
+    first, turns = log[:4], ["".join(log[i:i + 12]) for i in range(4, len(log), 12)]
+    assert first == ["a", "a", "b", "b"] and sorted(turns) == ["a" * 12] * 3 + ["b" * 12] * 3  # 2 * 3 batches of 2
+    assert us == {"a": pytest.approx(1e4), "b": pytest.approx(1e4)}
+
+
 def test_the_median_forgets_one_bad_round():
     g, calls = group.loopback_group(2), []
 

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ MOST_ROUNDS = 101
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds: int | None = None, graph: bool = True,
-            device: torch.device | None = None, seconds: float = 0.0) -> dict[str, float]:
+            device: torch.device | None = None, seconds: float = 0.0, settle_s: float = 0.0) -> dict[str, float]:
     """Candidate -> microseconds a call: of each rank the median of rounds in which the candidates take turns, in other orders, of
     these the largest.
 
@@ -31,10 +32,12 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
     graph       on a CUDA device: replay CUDA graphs of up to MOST_CALLS calls; else the calls are made one by one
     device      where the calls run; None: the current CUDA device if this process has one in use, else the CPU (wall clock)
     seconds     take more rounds than that, at most MOST_ROUNDS, if all together do not take longer
+    settle_s    in each turn a candidate runs over and over for so many seconds before it is timed, and as long again while it is:
+                it finds the clock that a GPU at its power limit has for it, not for whoever ran before
     """
     device = device or torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     graph = graph and device.type == "cuda"
-    batches: dict[str, tuple[Callable[[], object], int]] = {}
+    batches: dict[str, tuple[Callable[[], object], int, int]] = {}  # with how many calls, how often
     turn_s = 1e-9  # there may be no candidates
     for name, call in candidates.items():
         call()
@@ -44,16 +47,17 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
             probe()
         once = slowest([_seconds(probe, device)], group, device)[0]
         calls = max(1, min(MOST_CALLS, math.ceil(ROUND_S[device.type] / max(once, 1e-9))))
-        batches[name] = _batch(call, calls, graph), calls
-        turn_s += 2 * calls * once
+        times = max(1, math.ceil(settle_s / max(calls * once, 1e-9)))
+        batches[name] = _batch(call, calls, graph), calls, times
+        turn_s += 2 * times * calls * once
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(max(rounds or ROUNDS[device.type], min(MOST_ROUNDS, int(seconds / turn_s)))):
         # in another order each time, on all ranks alike
         for name in random.Random(turn).sample(list(batches), len(batches)):
-            batch, calls = batches[name]
+            batch, calls, times = batches[name]
             slowest([], group, device)
-            batch()  # on the devices, ranks that exchange something start the rest together
-            taken[name].append(_seconds(batch, device) / calls)
+            _repeat(batch, times)  # on the devices, ranks that exchange something start the rest together
+            taken[name].append(_seconds(partial(_repeat, batch, times), device) / (calls * times))
     medians = slowest([statistics.median(s) for s in taken.values()], group, device)
     return dict(zip(candidates, (1e6 * s for s in medians), strict=True))
 
@@ -64,11 +68,15 @@ def slowest(values: Sequence[float], group: Group, device: torch.device) -> list
     return group.all_gather(mine.view(torch.uint8)).view(torch.float64).view(group.world_size, -1).amax(0).tolist()[:-1]
 
 
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
 def _batch(call: Callable[[], object], calls: int, graph: bool) -> Callable[[], object]:
     """`calls` calls, as a CUDA graph if wanted."""
     def run() -> None:
-        for _ in range(calls):
-            call()
+        _repeat(call, calls)
 
     if not graph:
         return run
