@@ -176,6 +176,11 @@ REFUSED = {
                              "tuning.json was measured on 4 ranks, not on 2; run `fusewire tune -tp 2`"),
     "tune what": (None, "tune MODEL --shape tiny", "give a MODEL .*, --demo or --shape, one of the three"),
     "tune to nowhere": (None, "tune MODEL -o MODEL/none/tuning.json", "none is not a folder, so no tuning can be written there"),
+    "tune into another's": (other_tuning, "tune MODEL -tp 2 --device cpu -o MODEL/tuning.json",
+                            "tuning.json was measured with 4 ranks on NVIDIA H200, torch 2.11.0, and this is 2 ranks on cpu, torch "
+                            ".*; give another -o"),
+    "tune into something": (None, "tune MODEL -tp 2 --device cpu -o MODEL/config.json",
+                            "config.json exists and is not a tuning that can be added to; move it away, or give another -o"),
     "no device": (None, "run MODEL -tp 2 --device cuda", "none is visible here; leave --device out, or say cpu"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "run MODEL",
                      "its tokenizer cannot be loaded .* add tokenizer.json"),

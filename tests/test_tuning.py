@@ -1,6 +1,7 @@
 """Choosing among backends: measurements, the model where there are none, workspaces that are too small, and files."""
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from dist import run_ranks
 from rich.console import Console
 
-from fusewire import group, screen, timing, tuning
+from fusewire import cli, group, screen, timing, tuning
 from fusewire.backends import workspace
 from fusewire.compiler.capture import compile
 from fusewire.compiler.explain import explain
@@ -23,6 +24,7 @@ from fusewire.config import GLOO, NVLINK, Config, Link
 from fusewire.engine.explain import explain_model
 from fusewire.engine.tune import calls_of, inputs, random, tune
 from fusewire.errors import InputError, MismatchError
+from fusewire.launch import RankContext
 from fusewire.models import parallelize
 from fusewire.op import Backend, op_of
 from fusewire.ops.collectives import reduce_scatter
@@ -344,6 +346,24 @@ def test_the_file_of_another_machine_is_refused(tmp_path, g):
     assert tuning.load(written(tmp_path, dataclasses.replace(MEASURED, world_size=4)), g, cpu) is None
     with pytest.raises(InputError, match="cannot be read"):
         tuning.load(str(tmp_path / "none.json"), g, cpu)
+
+
+def test_tune_adds_to_the_file(tmp_path, monkeypatch, capsys):
+    """What it measures replaces what the file has of the same call; of others that stays."""
+    first = Tuning("cpu", 2, True, torch.__version__, "2026-01-02", {c: {1: {"x": 1.0, "y": 2.0}} for c in "ab"})
+    second = dataclasses.replace(first, date="2026-01-03", us={c: {4: {"x": 3.0}} for c in "bc"})
+    monkeypatch.setattr("fusewire.engine.tune.tune", lambda *args: second)
+    file = tmp_path / "tuning.json"
+    for kept in ("", ", where other calls stay"):
+        cli.tune_rank(RankContext(0, 1, 0, torch.device("cpu"), lambda text: None), "m", argparse.Namespace(
+            output=file, loopback=True, tensor_parallel_size=2, quantization=None, tokens=None))
+        assert f"written to {file}{kept}; use it with" in capsys.readouterr().out
+        if not kept:
+            assert tuning.read(file).us == second.us
+            file.write_text(first.text())
+    found = tuning.read(file)
+    assert found.us == {"a": first.us["a"], **second.us} and found.date == second.date
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_is_packaged_can_be_read_and_says_where_it_was_measured():

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--loopback", action="store_true",
                       help="one process plays all ranks: kernels and protocol without the wire; the file is marked, and serves "
                            "loopback runs only")
-    tune.add_argument("--output", "-o", type=Path, default=Path("tuning.json"), metavar="FILE", help="default tuning.json")
+    tune.add_argument("--output", "-o", type=Path, default=Path("tuning.json"), metavar="FILE",
+                      help="default tuning.json; other calls that it has already stay")
     tune.set_defaults(main=tune_command)
 
     verify = commands.add_parser("verify", help="compare the fused with the unfused model: logits, greedy tokens, perplexity")
@@ -320,13 +322,14 @@ def tune_rank(context: Any, model: str, args: argparse.Namespace) -> None:
     """`fusewire tune` on one rank."""
     from rich.console import Console
 
-    from . import group, screen
+    from . import group, screen, tuning
     from .engine.tune import TOKENS, tune
     from .models.parallelize import resolve
 
     if context.shared:
         raise InputError(f"{context.world_size} ranks would share a CUDA device, and their times would mean nothing; start as many "
                          "as there are devices, or use --loopback")
+    before = tuning.earlier(args.output, tuning.gpu_name(context.device), args.tensor_parallel_size, args.loopback)
     over = group.loopback_group(args.tensor_parallel_size) if args.loopback else resolve(None)
     console = Console(soft_wrap=True)
     with console.status("capturing") if context.rank == 0 and console.is_terminal else nullcontext() as status:
@@ -348,8 +351,13 @@ def tune_rank(context: Any, model: str, args: argparse.Namespace) -> None:
         console.print(f"nothing to choose on {found.gpu}: every op has one backend here, its reference; no file was written",
                       highlight=False)
         return
-    args.output.write_text(found.text(), encoding="utf-8")
-    console.print(f"written to {args.output}; use it with --tuning {args.output} or FUSEWIRE_TUNING={args.output}", highlight=False)
+    kept = {call: us for call, us in before.us.items() if call not in found.us} if before else {}
+    whole = args.output.with_name(f"{args.output.name}.new")
+    whole.write_text(replace(found, us=kept | found.us).text(), encoding="utf-8")
+    whole.replace(args.output)
+    stay = ", where other calls stay" if kept else ""
+    console.print(f"written to {args.output}{stay}; use it with --tuning {args.output} or FUSEWIRE_TUNING={args.output}",
+                  highlight=False)
 
 
 # --- verify

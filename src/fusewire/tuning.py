@@ -47,6 +47,12 @@ class Tuning:
         return min(measured[at], key=measured[at].__getitem__)
 
     @property
+    def machine(self) -> str:
+        """With what it was measured, in words."""
+        where = ", in loopback" if self.loopback else ""
+        return f"{self.world_size} ranks on {self.gpu}{where}, torch {self.torch}"
+
+    @property
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self._body(), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -91,6 +97,21 @@ def parse(text: str, where: str) -> Tuning:
 def read(path: str | Path) -> Tuning:
     """The tuning in a file; InputError if it cannot be used."""
     return parse(_contents(path), str(path))
+
+
+def earlier(path: Path, gpu: str, world_size: int, loopback: bool) -> Tuning | None:
+    """What the file has already that measurements of this machine are to be written to; None if there is no such file. InputError
+    if it is something else, or of another machine."""
+    if not path.exists():
+        return None
+    try:
+        found = read(path)
+    except InputError:
+        raise InputError(f"{path} exists and is not a tuning that can be added to; move it away, or give another -o") from None
+    here = Tuning(gpu, world_size, loopback, torch.__version__, "", {})
+    if found.machine != here.machine:
+        raise InputError(f"{path} was measured with {found.machine}, and this is {here.machine}; give another -o")
+    return found
 
 
 def gpu_name(device: torch.device) -> str:
