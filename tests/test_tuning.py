@@ -354,14 +354,16 @@ def test_tune_adds_to_the_file(tmp_path, monkeypatch, capsys):
     second = dataclasses.replace(first, date="2026-01-03", us={c: {4: {"x": 3.0}} for c in "bc"})
     monkeypatch.setattr("fusewire.engine.tune.tune", lambda *args: second)
     file = tmp_path / "tuning.json"
-    for kept in ("", ", where other calls stay"):
+
+    def tuned() -> Tuning:
         cli.tune_rank(RankContext(0, 1, 0, torch.device("cpu"), lambda text: None), "m", argparse.Namespace(
             output=file, loopback=True, tensor_parallel_size=2, quantization=None, tokens=None))
-        assert f"written to {file}{kept}; use it with" in capsys.readouterr().out
-        if not kept:
-            assert tuning.read(file).us == second.us
-            file.write_text(first.text())
-    found = tuning.read(file)
+        return tuning.read(file)
+
+    assert tuned().us == second.us and f"written to {file}; use it with" in capsys.readouterr().out
+    file.write_text(first.text())
+    found = tuned()
+    assert f"written to {file}, where other calls stay; use it with" in capsys.readouterr().out
     assert found.us == {"a": first.us["a"], **second.us} and found.date == second.date
     assert list(tmp_path.iterdir()) == [file]
 

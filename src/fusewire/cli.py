@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -351,11 +350,8 @@ def tune_rank(context: Any, model: str, args: argparse.Namespace) -> None:
         console.print(f"nothing to choose on {found.gpu}: every op has one backend here, its reference; no file was written",
                       highlight=False)
         return
-    kept = {call: us for call, us in before.us.items() if call not in found.us} if before else {}
-    whole = args.output.with_name(f"{args.output.name}.new")
-    whole.write_text(replace(found, us=kept | found.us).text(), encoding="utf-8")
-    whole.replace(args.output)
-    stay = ", where other calls stay" if kept else ""
+    tuning.write(args.output, found, before)
+    stay = ", where other calls stay" if before and before.us.keys() - found.us.keys() else ""
     console.print(f"written to {args.output}{stay}; use it with --tuning {args.output} or FUSEWIRE_TUNING={args.output}",
                   highlight=False)
 

@@ -37,7 +37,7 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
     """
     device = device or torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     graph = graph and device.type == "cuda"
-    batches: dict[str, tuple[Callable[[], object], int, int]] = {}  # with how many calls, how often
+    batches: dict[str, tuple[Callable[[], object], int]] = {}
     turn_s = 1e-9  # there may be no candidates
     for name, call in candidates.items():
         call()
@@ -48,16 +48,16 @@ def measure(candidates: Mapping[str, Callable[[], object]], group: Group, rounds
         once = slowest([_seconds(probe, device)], group, device)[0]
         calls = max(1, min(MOST_CALLS, math.ceil(ROUND_S[device.type] / max(once, 1e-9))))
         times = max(1, math.ceil(settle_s / max(calls * once, 1e-9)))
-        batches[name] = _batch(call, calls, graph), calls, times
-        turn_s += 2 * times * calls * once
+        batches[name] = partial(_repeat, _batch(call, calls, graph), times), calls * times
+        turn_s += 2 * calls * times * once
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(max(rounds or ROUNDS[device.type], min(MOST_ROUNDS, int(seconds / turn_s)))):
         # in another order each time, on all ranks alike
         for name in random.Random(turn).sample(list(batches), len(batches)):
-            batch, calls, times = batches[name]
+            batch, calls = batches[name]
             slowest([], group, device)
-            _repeat(batch, times)  # on the devices, ranks that exchange something start the rest together
-            taken[name].append(_seconds(partial(_repeat, batch, times), device) / (calls * times))
+            batch()  # on the devices, ranks that exchange something start the rest together
+            taken[name].append(_seconds(batch, device) / calls)
     medians = slowest([statistics.median(s) for s in taken.values()], group, device)
     return dict(zip(candidates, (1e6 * s for s in medians), strict=True))
 
@@ -75,9 +75,7 @@ def _repeat(run: Callable[[], object], times: int) -> None:
 
 def _batch(call: Callable[[], object], calls: int, graph: bool) -> Callable[[], object]:
     """`calls` calls, as a CUDA graph if wanted."""
-    def run() -> None:
-        _repeat(call, calls)
-
+    run = partial(_repeat, call, calls)
     if not graph:
         return run
     captured = torch.cuda.CUDAGraph()

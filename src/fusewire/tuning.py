@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ class Tuning:
             return None
         at = min(sorted(measured), key=lambda m: abs(math.log2(max(m, 1)) - math.log2(max(tokens, 1))))
         return min(measured[at], key=measured[at].__getitem__)
-
-    @property
-    def machine(self) -> str:
-        """With what it was measured, in words."""
-        where = ", in loopback" if self.loopback else ""
-        return f"{self.world_size} ranks on {self.gpu}{where}, torch {self.torch}"
 
     @property
     def hash(self) -> str:
@@ -99,6 +93,10 @@ def read(path: str | Path) -> Tuning:
     return parse(_contents(path), str(path))
 
 
+def _machine(gpu: str, world_size: int, loopback: bool, version: str) -> str:
+    return f"{world_size} ranks on {gpu}{', in loopback' if loopback else ''}, torch {version}"
+
+
 def earlier(path: Path, gpu: str, world_size: int, loopback: bool) -> Tuning | None:
     """What the file has already that measurements of this machine are to be written to; None if there is no such file. InputError
     if it is something else, or of another machine."""
@@ -108,10 +106,19 @@ def earlier(path: Path, gpu: str, world_size: int, loopback: bool) -> Tuning | N
         found = read(path)
     except InputError:
         raise InputError(f"{path} exists and is not a tuning that can be added to; move it away, or give another -o") from None
-    here = Tuning(gpu, world_size, loopback, torch.__version__, "", {})
-    if found.machine != here.machine:
-        raise InputError(f"{path} was measured with {found.machine}, and this is {here.machine}; give another -o")
+    there = _machine(found.gpu, found.world_size, found.loopback, found.torch)
+    here = _machine(gpu, world_size, loopback, torch.__version__)
+    if there != here:
+        raise InputError(f"{path} was measured with {there}, and this is {here}; give another -o")
     return found
+
+
+def write(path: Path, found: Tuning, before: Tuning | None = None) -> None:
+    """What was found, and of other calls what was in the file `before`; the file is whole, whenever this ends."""
+    us = (before.us if before else {}) | found.us
+    whole = path.with_name(f"{path.name}.new")
+    whole.write_text(replace(found, us=us).text(), encoding="utf-8")
+    whole.replace(path)
 
 
 def gpu_name(device: torch.device) -> str:
