@@ -31,12 +31,12 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_configuration_fits_shared_memory(config):
     d = config.defines()
-    piece_bytes = 64 * 2 * (32 if config.columns % 64 or (config.turns and config.columns > 128) else 64)
+    piece_bytes = 64 * 2 * d["PIECE"]
     barriers = 2 * d["STAGES"] + 6 * d["RING"] + d["BUFFERS"] + 5
     used = (1024 + d["STAGES"] * (gemm.ROWS + config.columns) * 128 + 2 * d["RING"] * piece_bytes
             + d["BUFFERS"] * 4096 + 8 * barriers + 2 * 4 * config.columns)
     assert used <= gemm.SHARED_BYTES
-    assert d["STAGES"] >= 3 and d["RING"] >= 2
+    assert d["STAGES"] >= 3 and d["RING"] >= 2 and d["PIECE"] in (32, 64) and config.columns % d["PIECE"] == 0
     assert config.sums + 32 < d["REGISTERS"] <= 240  # and what is left of 504 for each pair and a mover: at least 24
 
 

@@ -7,6 +7,7 @@
 //   PRECISE    FP8 sums of 128 products are added in float32; else the tensor core's own sum is kept, which has fewer bits
 //   BN         columns of a tile, a multiple of 32
 //   STAGES     depth of the pipeline
+//   PIECE      columns that a warpgroup stores at once, 32 or 64; more need registers
 //   RING       buffers of each warpgroup for pieces of what it made; REDUCE: in which a peer's part of the sum came before
 //   TURNS      the two warpgroups that multiply take tiles in turns, so that one stores what it made while the other multiplies;
 //              else each has half of a tile's rows, and tiles can be larger
@@ -33,7 +34,6 @@ constexpr int MOVER_REGISTERS = 168 * 3 - REGISTERS * 2;  // of the others; the 
 constexpr int ROW = 128;        // bytes of k in a tile: what a 128-byte swizzle spans
 constexpr int BK = FP8 ? ROW : ROW / 2;
 constexpr int A_BYTES = BM * ROW, B_BYTES = BN * ROW, STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PIECE = BN % 64 || (TURNS && BN > 128) ? 32 : 64;  // columns that a warpgroup stores at once; more need registers
 constexpr int PIECES = BN / PIECE, PIECE_BYTES = 64 * PIECE * 2, UNITS = PIECE / 8;  // units of 16 bytes in a row of a piece
 constexpr int BUFFER = 4096;    // bytes
 constexpr int COLUMNS_EACH = (BN + 127) / 128;  // of a tile, whose scales a thread loads
