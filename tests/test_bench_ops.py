@@ -12,6 +12,7 @@ import torch
 from command import forked
 
 from fusewire import group as groups
+from fusewire.backends.cuda import gemm
 from fusewire.bench import cases, model, ops, peers, results, shapes
 from fusewire.bench.checks import Check
 from fusewire.errors import InputError
@@ -101,6 +102,9 @@ def test_copies_are_of_what_the_boundary_reads_and_writes(monkeypatch):
     "--shape huge": "unknown shape 'huge'; known: llama-3-70b, llama-3-8b, tiny",
     "--tokens 8,many": "argument --tokens: '8,many' is not a list of positive whole numbers like 128,1024",
     "--tokens 0": "argument --tokens: '0' is not a list of positive whole numbers",
+    "--settle -1": "argument --settle: '-1' is not a number of seconds like 0.3",
+    "--tiles 160x": "argument --tiles: '160x' is not a list of columns of tiles like 256,160t",
+    "--tiles 100t": "no tile has 100 columns; known: 64, 96, 128, 160, 192, 224, 256",
     "-tp 1": "1 rank exchanges nothing; give -tp 2 or more",
     "-tp 3": "64 heads and 28672 intermediate features do not divide over 3 ranks; use another number of ranks",
     "--shape tiny --loopback --tokens 7": "nothing is left to measure: all_gather_matmul: 7 tokens do not divide over 2 ranks",
@@ -205,6 +209,39 @@ def nan(p):
     y = p.run(1)
     y[0][-1, 1] = float("nan")
     return y
+
+
+def test_other_tiles_of_our_kernels_take_part(monkeypatch):
+    """Who runs our kernel does so with each tile that was asked for too, and with its own outside."""
+    def seen(i):
+        return [gemm._given.get("columns"), gemm._given.get("turns")]
+
+    found = [peers.Candidate(name, seen, does) for name, does in (("fusewire:push", "op"), ("fusewire:epilogue", "op"),
+                                                                  ("gemm:fusewire", "gemm"))]
+    made = [c for tile in ((256, False), (160, True)) for c in peers.tiled(found, "fp8_tensor", *tile)]
+    assert [c if isinstance(c, str) else (c.name, c.does, c.run(0)) for c in made] == [
+        ("fusewire:epilogue:256", "op", [256, False]), ("gemm:fusewire:256", "gemm", [256, False]),
+        "fusewire:epilogue has no tiles of 160 columns in turns", ("gemm:fusewire:160t", "gemm", [160, True])]
+    assert seen(0) == [None, None]
+
+
+def test_who_may_settle_is_timed_so_and_its_lines_say_it(monkeypatch, tmp_path):
+    from fusewire.cli import main
+
+    given, measure = [], ops.timing.measure
+
+    def spy(*args, **kwargs):
+        given.append((args[2], kwargs["settle_s"]) if "settle_s" in kwargs else ())
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(ops.timing, "measure", spy)
+    args = ["bench", "ops", "--shape", "tiny", "--loopback", "--tokens", "8", "--ops", "all_gather_matmul"]
+    assert main([*args, "--settle", "0.001", "--out", str(tmp_path / "own.jsonl")]) == 0
+    assert main([*args, "--out", str(tmp_path / "turns.jsonl")]) == 0
+    assert given == [(5, 0.001)] * 2 + [(None, 0.0)] * 2
+    said = {name: {json.loads(line).get("settle_s") for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()}
+            for name in ("own", "turns")}
+    assert said == {"own": {0.001}, "turns": {None}}
 
 
 def test_a_peer_with_wrong_numbers_is_named_and_not_measured(monkeypatch):

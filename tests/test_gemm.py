@@ -205,6 +205,22 @@ def test_at_the_power_limit_a_tile_saves_copies(monkeypatch):
     assert config(4096, 28672, 8192)[0] <= 128
 
 
+def test_a_tile_may_be_given(monkeypatch):
+    monkeypatch.setattr(device, "processors", lambda device: 132)
+    x, w = (torch.empty(count, 8192, dtype=torch.float8_e4m3fn, device="meta") for count in (4096, 28672))
+
+    def config():
+        found = gemm.configure(x, [w], "fp8_tensor", 1)
+        return found.columns, found.turns, found.mode, found.cluster
+
+    assert config() == (256, False, "plain", 2)
+    with gemm.tile(96, True):
+        assert config() == (96, True, "plain", 2)
+    with pytest.raises(FusewireError), gemm.tile(96, True):
+        raise FusewireError("it was not built")
+    assert config() == (256, False, "plain", 2)
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
     (dict(fmt="nvfp4"), "it multiplies bf16, fp8_tensor and fp8_token, not nvfp4"),
     (dict(dtype=torch.float16), "not torch.float16 of"),

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from pathlib import Path
 
 from .shapes import EXPERTS, SHAPES
@@ -23,6 +25,25 @@ def counts(text: str) -> list[int]:
     return found
 
 
+def tiles(text: str) -> list[tuple[int, bool]]:
+    """256,160t: columns, and whether warpgroups take such tiles in turns"""
+    found = [re.fullmatch(r"(\d+)(t?)", name) for name in names(text)]
+    if not found or None in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of columns of tiles like 256,160t")
+    return [(int(m[1]), bool(m[2])) for m in found if m]
+
+
+def seconds(text: str) -> float:
+    """0.3: no negative number"""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds like 0.3")
+    return found
+
+
 def add(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     bench = commands.add_parser("bench", help="measure ops, a model-shaped stack or experts against others and the ideal")
@@ -34,6 +55,11 @@ def add(commands: argparse._SubParsersAction) -> None:
                           "(default: the first two)")
     ops.add_argument("--tokens", type=counts, default="128,256,512,1024,2048,4096,8192,16384", metavar="N,...",
                      help="tokens of all ranks together (default 128,256,...,16384)")
+    ops.add_argument("--settle", type=seconds, default=0.0, metavar="S",
+                     help="run each for S seconds before it is timed, and as long then, so that at a GPU's power limit each finds "
+                          "its own clock (default 0: short turns, at one clock)")
+    ops.add_argument("--tiles", type=tiles, default=[], metavar="COLUMNS,...",
+                     help="our CUDA kernels with these tiles too, as 256 or, if warpgroups take them in turns, 160t")
     ops.set_defaults(main=_ops)
 
     model = kinds.add_parser("model", help="a stack of decoder layers: unfused, fused, and without its collectives")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from .. import backends, formats, timing, tuning  # noqa: F401  (backends register themselves)
 from .. import group as groups
 from ..backends import workspace
+from ..backends.cuda import gemm
 from ..config import GLOO, NVLINK
 from ..errors import FusewireError, InputError
 from ..group import Group
@@ -19,6 +21,7 @@ from .peers import FOREIGN, candidates, puller, turning
 from .ranks import meet, start
 
 LINK_BYTES = 256 << 20
+SETTLED_ROUNDS = 5
 """NVLink multicast can put the GPUs of a shared host out of service."""
 
 
@@ -36,6 +39,8 @@ def command(args: argparse.Namespace) -> int:
         formats.get(fmt)
     if unknown := [op for op in args.ops if op not in OPS_MEASURED]:
         raise InputError(f"unknown op {unknown[0]!r}; known: {', '.join(OPS_MEASURED)}")
+    if unknown := [columns for columns, _ in args.tiles if columns not in gemm.COLUMNS]:
+        raise InputError(f"no tile has {unknown[0]} columns; known: {', '.join(map(str, gemm.COLUMNS))}")
     shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
     if args.tensor_parallel_size < 2:
         raise InputError(f"{args.tensor_parallel_size} rank exchanges nothing; give -tp 2 or more")
@@ -51,13 +56,14 @@ def rank(context: Any, args: argparse.Namespace) -> None:
         link = None if args.loopback else measured_link(group, context.device)
         tuning.use(group, tuning.load(args.tuning, group, context.device), NVLINK if context.device.type == "cuda" else GLOO)
         about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
+        about |= {"settle_s": args.settle} if args.settle else {}
         where = "loopback" if args.loopback else f"link {link / 1e9:.3g} GB/s" if link else "no link measured"
         console.print(f"{args.shape}, {group.world_size} ranks, {about['gpu']}, torch {about['torch']}, {where}")
         lines, wrong = [], []
         out = {sentence: ["the sizes"] for sentence in refused}
         for case in found:
             context.phase(f"measuring {case.what} in {case.fmt}, {case.M} tokens")
-            done = measure(case, context.device, link, about)
+            done = measure(case, context.device, link, about, args.tiles, args.settle)
             lines += done.lines
             for sentence in done.out:
                 out.setdefault(sentence, []).append(f"{case.what} {case.fmt} {case.M}")
@@ -94,10 +100,11 @@ def measured_link(group: Group, device: torch.device) -> float | None:
     return LINK_BYTES / us["pull"] * 1e6
 
 
-def measure(case: Case, device: torch.device, link: float | None, about: dict[str, Any]) -> Measured:
-    """Check every candidate's numbers, then time those that are right."""
+def measure(case: Case, device: torch.device, link: float | None, about: dict[str, Any], tiles: Sequence[tuple[int, bool]] = (),
+            settle_s: float = 0.0) -> Measured:
+    """Check every candidate's numbers, then time those that are right, each at its own clock if they may settle."""
     sets = [inputs(case, v, device) for v in range(versions(case, device))]
-    taking_part, out = candidates(case, sets, device)
+    taking_part, out = candidates(case, sets, device, tiles)
     right, wrong = [], []
     check = Check(case, sets[1], device)
     for c in taking_part:
@@ -116,7 +123,8 @@ def measure(case: Case, device: torch.device, link: float | None, about: dict[st
     del check  # gigabytes of float64
     if not {"norm" if case.op.name == NORM else "gemm"} <= {c.name for c in right}:
         return Measured([], [*out, "the ideal is not known"], wrong)
-    us = timing.measure({c.name: turning(c, len(sets)) for c in right}, case.group, device=device)
+    us = timing.measure({c.name: turning(c, len(sets)) for c in right}, case.group, SETTLED_ROUNDS if settle_s else None,
+                        device=device, settle_s=settle_s)
     fast = fast_sums(case.fmt, device)
     ideal = ideal_us(case, us, link, fast)
     cell = {"suite": "ops", "op": case.op.name, "format": case.fmt, "world_size": case.group.world_size, "M": case.M, "K": case.K,

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import count
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import compat, formats
 from .. import group as groups
+from ..backends import aten
 from ..backends.aten import scales
 from ..backends.cuda import gemm
 from ..backends.triton import norm_quant_all_gather_matmul as pushing
@@ -38,16 +39,15 @@ class Candidate(NamedTuple):
     does: str = "op"
 
 
-def candidates(case: Case, sets: list[tuple], device: torch.device) -> tuple[list[Candidate], list[str]]:
-    """(who takes part, why the others do not). `sets` are the op's arguments, version by version."""
-    found, out = [], []
-    for peer in (fusewire, collectives, torch_symm_mem, flashinfer, alone, copy):
-        for c in peer(case, sets, device):
-            if isinstance(c, Candidate):
-                found.append(c)
-            else:
-                out.append(f"{peer.__name__}: {c}")
-    return found, out
+def candidates(case: Case, sets: list[tuple], device: torch.device,
+               tiles: Sequence[tuple[int, bool]] = ()) -> tuple[list[Candidate], list[str]]:
+    """(who takes part, why the others do not). `sets` are the op's arguments, version by version; `tiles` those with which our
+    kernels take part besides."""
+    tried = [(peer.__name__, c) for peer in (fusewire, collectives, torch_symm_mem, flashinfer, alone, copy)
+             for c in peer(case, sets, device)]
+    found = [c for _, c in tried if isinstance(c, Candidate)]
+    tried += [("tiles", c) for tile in tiles for c in tiled(found, case.fmt, *tile)]
+    return [c for _, c in tried if isinstance(c, Candidate)], [f"{name}: {c}" for name, c in tried if isinstance(c, str)]
 
 
 def turning(c: Candidate, versions: int) -> Callable[[], object]:
@@ -77,6 +77,23 @@ def fusewire(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Ca
     able, refused = case.op.candidates(*sets[0])
     yield from refused
     yield from (Candidate(f"fusewire:{b.name}", _call(b.run, sets)) for b in able)
+
+
+MODES = {"fusewire:gated": "gather", "fusewire:epilogue": "reduce", "gemm:fusewire": "plain"}  # of our CUDA kernel
+
+
+def tiled(found: list[Candidate], fmt: str, columns: int, turns: bool) -> Iterator[Candidate | str]:
+    """Of those who run our CUDA kernel, the same with tiles of so many columns, in turns or not: `fusewire:gated:160t`."""
+    def with_tile(run: Callable[[int], list[Tensor]], i: int) -> list[Tensor]:
+        with gemm.tile(columns, turns):
+            return run(i)
+
+    fp8 = fmt != "bf16"
+    for c in found:
+        if (mode := MODES.get(c.name)) is not None:
+            possible = gemm.Config(fp8, columns, 2, mode, fp8 and not aten.FAST_ACCUMULATION, turns).possible()
+            yield c._replace(name=f"{c.name}:{columns}{'t' * turns}", run=functools.partial(with_tile, c.run)) if possible else (
+                f"{c.name} has no tiles of {columns} columns{' in turns' * turns}")
 
 
 # --- the unfused program

@@ -1,6 +1,7 @@
 """The matmul of gemm.cu: built for each configuration when first used, and kept in a cache folder."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -8,9 +9,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ TILE_FLAGS = 2  # of a partial sum
 SHARED_BYTES = 232448  # that one program can have on sm_90
 _SOURCE = Path(__file__).with_name("gemm.cu")
 _loaded: dict[Config, Callable[..., int]] = {}
+_given: dict[str, Any] = {}  # what `tile` says of a Config
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,19 @@ def configure(x: Tensor, ws: Sequence[Tensor], fmt: str, world: int, mode: str =
     fp8, m = x.dtype == torch.float8_e4m3fn, x.shape[0] // (world if mode == "reduce" else 1)
     precise = fp8 and not aten.FAST_ACCUMULATION
     limited = fmt == LIMITED_FORMAT and not precise and world <= LIMITED_WORLD and world * m > MANY
-    return fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, device.processors(x.device), mode,
-                   precise, limited)
+    found = fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, device.processors(x.device), mode,
+                    precise, limited)
+    return replace(found, **_given)
+
+
+@contextlib.contextmanager
+def tile(columns: int, turns: bool) -> Iterator[None]:
+    """Calls inside have tiles of so many columns, in turns or not, and not those that suit them: to measure others."""
+    _given.update(columns=columns, turns=turns)
+    try:
+        yield
+    finally:
+        _given.clear()
 
 
 @functools.cache
