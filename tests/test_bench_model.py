@@ -37,6 +37,14 @@ def bench(*args: object, timeout: float = 240) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=timeout)
 
 
+def test_a_prompts_program_settles_on_a_gpu():
+    """Before it is timed; not a step, which is below the power limit, nor what is on a CPU or has experts."""
+    gpu, found = torch.device("cuda", 0), {}
+    for shape, decode, device in (("tiny", False, gpu), ("tiny", True, gpu), ("tiny-experts", False, gpu), ("tiny", False, CPU)):
+        found[shape, decode, device.type] = model.settles(Namespace(shape=shape, decode=decode), device)
+    assert list(found.values()) == [0.5, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.dist
 def test_two_ranks_print_write_and_plot(tmp_path):
     pytest.importorskip("matplotlib")

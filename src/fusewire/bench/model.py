@@ -56,6 +56,7 @@ def rank(context: Any, args: argparse.Namespace) -> None:
     """All of it on one rank; rank 0 prints and writes. FusewireError if the fused model's logits are not the unfused one's."""
     group, console = meet(context, args)
     about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
+    about |= {"settle_s": settle_s} if (settle_s := settles(args, context.device)) else {}
     console.print(f"{args.shape}, {args.layers} layers, {group.world_size} ranks, {args.codegen} code, {about['gpu']}, "
                   f"torch {about['torch']}{', loopback' if args.loopback else ''}")
     lines: list[dict[str, Any]] = []
@@ -138,7 +139,7 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
         for name in runs:  # the unfused one first: its experts' tokens are the floors'
             check(runs[name](), want, args, group, device)
         compiled.shallow = False
-        return timed(runs, SECONDS_OF_EXPERTS, 0.0, args, group, device), found.choose(size, args.plan).name
+        return timed(runs, SECONDS_OF_EXPERTS, args, group, device), found.choose(size, args.plan).name
     runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor")}
     if "floor" not in found.others:
         found.others["floor"] = floor.without_wire(found.unfused)
@@ -152,17 +153,20 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
         runs[SHARDED_FLOOR] = call(SHARDED_FLOOR)
     check(runs["fused"](), want, args, group, device)
     compiled.shallow = False
-    seconds, settle_s = (SECONDS_OF_STEPS, 0.0) if args.decode else (SECONDS_OF_PROMPTS, SETTLE_S)
-    us = timed(runs, seconds, settle_s, args, group, device)
+    us = timed(runs, SECONDS_OF_STEPS if args.decode else SECONDS_OF_PROMPTS, args, group, device)
     return us, found.choose(size, args.plan).name
 
 
-def timed(runs: dict[str, Callable[[], Tensor]], seconds: float, settle_s: float, args: argparse.Namespace, group: groups.Group,
+def settles(args: argparse.Namespace, device: torch.device) -> float:
+    """For how many seconds a program runs before it is timed: a prompt's, without experts."""
+    return SETTLE_S if device.type == "cuda" and not args.decode and args.shape not in shapes.EXPERTS else 0.0
+
+
+def timed(runs: dict[str, Callable[[], Tensor]], seconds: float, args: argparse.Namespace, group: groups.Group,
           device: torch.device) -> dict[str, float]:
     """Microseconds of each; on CPUs, which are for numbers, in few rounds."""
-    if device.type != "cuda":
-        seconds = settle_s = 0.0
-    return timing.measure(runs, group, ROUNDS, not args.eager, device, seconds, settle_s)
+    return timing.measure(runs, group, ROUNDS, not args.eager, device, seconds if device.type == "cuda" else 0.0,
+                          settles(args, device))
 
 
 def op_alone(case: Case, device: torch.device, graph: bool) -> dict[str, float]:
