@@ -55,7 +55,7 @@ def command(args: argparse.Namespace) -> int:
 def rank(context: Any, args: argparse.Namespace) -> None:
     """All of it on one rank; rank 0 prints and writes. FusewireError if the fused model's logits are not the unfused one's."""
     group, console = meet(context, args)
-    about = results.about(context.device) | ({"loopback": True} if args.loopback else {})
+    about: dict[str, Any] = results.about(context.device) | ({"loopback": True} if args.loopback else {})
     about |= {"settle_s": settle_s} if (settle_s := settles(args, context.device)) else {}
     console.print(f"{args.shape}, {args.layers} layers, {group.world_size} ranks, {args.codegen} code, {about['gpu']}, "
                   f"torch {about['torch']}{', loopback' if args.loopback else ''}")
