@@ -211,7 +211,7 @@ def nan(p):
     return y
 
 
-def test_other_tiles_of_our_kernels_take_part(monkeypatch):
+def test_other_tiles_of_our_kernels_take_part():
     """Who runs our kernel does so with each tile that was asked for too, and with its own outside."""
     def seen(i):
         return [gemm._given.get("columns"), gemm._given.get("turns")]

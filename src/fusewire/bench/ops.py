@@ -22,7 +22,6 @@ from .ranks import meet, start
 
 LINK_BYTES = 256 << 20
 SETTLED_ROUNDS = 5
-"""NVLink multicast can put the GPUs of a shared host out of service."""
 
 
 class Measured(NamedTuple):
