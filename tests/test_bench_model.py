@@ -12,9 +12,11 @@ import pytest
 import torch
 from command import forked
 from dist import run_ranks
+from rich.console import Console
 
 from fusewire import compat
 from fusewire import group as groups
+from fusewire.backends.cuda import gemm
 from fusewire.bench import cases, experts, floor, model, repeat, results, shapes
 from fusewire.bench.repeat import repeating
 from fusewire.bench.stack import stack
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 FIELDS = {"suite", "shape", "layers", "format", "world_size", "codegen", "tokens", "candidate", "us", "plan", "gpu", "torch",
           "date"}
 NAMES = ("unfused", "fused", "floor")
-ARGS = Namespace(shape="tiny", plan="auto", codegen="fx", loopback=True, eager=False, context=8)
+ARGS = Namespace(shape="tiny", plan="auto", codegen="fx", loopback=True, eager=False, context=8, tiles=[])
 
 
 def bench(*args: object, timeout: float = 240) -> subprocess.CompletedProcess:
@@ -101,6 +103,9 @@ def test_a_deep_decode_step_on_two_ranks(tmp_path):
     "-tp 1": "--tensor-parallel-size 1 is too small; give 2 or more",
     "--formats fp7": "unknown quantization 'fp7'; choose one of fp8, ",
     "--tokens x": "argument --tokens: 'x' is not a list of positive whole numbers",
+    "--tiles 100": "no tile has 100 columns; known: 64, 96, 128, 160, 192, 224, 256",
+    "--shape tiny-experts --tiles 256": "tiny-experts has experts, of which a prompt is measured between ranks, as FX runs it; "
+                                        "leave --tiles out",
 }.items())
 def test_a_refusal_is_one_sentence(tmp_path, command, sentence):
     done = forked(tmp_path, "bench", "model", "--shape", "tiny", *command.split())
@@ -115,6 +120,34 @@ def captured(group, decode=False, config=None, layers=1):
     compiled.plan = "unfused"
     inputs = (model.decode_inputs if decode else model.prompt_inputs)(4, ARGS, CPU)
     return compiled, inputs, compiled(**inputs).logits
+
+
+def test_programs_with_other_tiles_are_compared_and_measured(monkeypatch, capsys):
+    g, checked, timed = groups.loopback_group(2), [], []
+    m = stack(shapes.get("tiny"), 2, "fp8_tensor", g, CPU)
+    inner = model.check
+
+    def check(got, want, *rest):
+        checked.append(dict(gemm._given))
+        inner(got, want, *rest)
+
+    class Noting(model.Repeating):
+        def run(self, **inputs):
+            timed.append((self.plan, *gemm._given.values()))
+            return super().run(**inputs)
+
+    monkeypatch.setattr(model, "check", check)
+    compiled = Noting(m, Config(), capture.TOKEN_DIMS, layers=list(m.model.layers))
+    args = Namespace(**{**vars(ARGS), "tiles": [(256, False), (160, True)], "decode": False, "plan": "sharded"})
+    us, plan = model.measure(compiled, model.prompt_inputs(8, ARGS, CPU), args, g, CPU)
+    groups.close(g)
+    assert plan == "sharded" and us.keys() == {*NAMES, "floor:sharded", "fused:256", "fused:160t"}
+    assert checked == [{}] * 3 and set(timed) == {
+        (p,) for p in ("unfused", "sharded", "floor", "floor:sharded")} | {("sharded", 256, False), ("sharded", 160, True)}
+    us = {"unfused": 30.0, "fused": 20.0, "floor": 10.0, "fused:160t": 15.0}
+    results.print_model(Console(width=200), [{"format": "fp8_tensor", "tokens": 8, "candidate": c, "us": t, "plan": "sharded"}
+                                             for c, t in us.items()])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["fused:160t", "fp8_tensor", "8", "0.015", "+100.0%", "25.0%"]
 
 
 def test_the_floor_sends_nothing_and_computes_the_rest():

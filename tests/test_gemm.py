@@ -216,6 +216,8 @@ def test_a_tile_may_be_given(monkeypatch):
     assert config() == (256, False, "plain", 2)
     with gemm.tile(96, True):
         assert config() == (96, True, "plain", 2)
+    with gemm.tile(256, True):  # for whose sums there are too few registers
+        assert config() == (256, False, "plain", 2)
     with pytest.raises(FusewireError), gemm.tile(96, True):
         raise FusewireError("it was not built")
     assert config() == (256, False, "plain", 2)

@@ -58,8 +58,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     ops.add_argument("--settle", type=seconds, default=0.0, metavar="S",
                      help="run each for S seconds before it is timed, and as long then, so that at a GPU's power limit each finds "
                           "its own clock (default 0: short turns, at one clock)")
-    ops.add_argument("--tiles", type=tiles, default=[], metavar="COLUMNS,...",
-                     help="our CUDA kernels with these tiles too, as 256 or, if warpgroups take them in turns, 160t")
     ops.set_defaults(main=_ops)
 
     model = kinds.add_parser("model", help="a stack of decoder layers: unfused, fused, and without its collectives")
@@ -73,6 +71,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     model.add_argument("--codegen", default="fx", choices=("fx", "inductor"), help="how all of them run (default fx)")
     model.add_argument("--eager", action="store_true", help="call by call, not as CUDA graphs")
     model.set_defaults(main=_model)
+    for p in (ops, model):
+        p.add_argument("--tiles", type=tiles, default=[], metavar="COLUMNS,...",
+                       help="our CUDA kernels with these tiles too, as 256 or, if warpgroups take them in turns, 160t")
 
     moe = kinds.add_parser("moe", help="dispatch and combine of DeepSeek-R1's experts against NCCL, and on one GPU its kernels")
     moe.add_argument("--tokens", type=counts, default="1,4,16,64,256,512,1024,2048,4096,8192", metavar="N,...",

@@ -38,8 +38,10 @@ def command(args: argparse.Namespace) -> int:
     """`fusewire bench model`: check what was asked for, then measure on every rank."""
     for fmt in args.formats:
         format_name(fmt)
+    peers.check_tiles(args.tiles)
     if experts := args.shape in shapes.EXPERTS:
-        for what, wrong in (("--decode", args.decode), ("--loopback", args.loopback), ("--codegen inductor", args.codegen != "fx")):
+        for what, wrong in (("--decode", args.decode), ("--loopback", args.loopback), ("--codegen inductor", args.codegen != "fx"),
+                            ("--tiles", args.tiles)):
             if wrong:
                 raise InputError(f"{args.shape} has experts, of which a prompt is measured between ranks, as FX runs it; leave "
                                  f"{what} out")
@@ -151,7 +153,10 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
         if SHARDED_FLOOR not in found.others:
             found.others[SHARDED_FLOOR] = floor.without_wire(found.choose(size, "sharded"))
         runs[SHARDED_FLOOR] = call(SHARDED_FLOOR)
-    check(runs["fused"](), want, args, group, device)
+    runs |= {f"fused:{peers.named(*tile)}": peers.with_tile(call(args.plan), *tile) for tile in args.tiles}
+    for name in runs:
+        if name.startswith("fused"):
+            check(runs[name](), want, args, group, device)
     compiled.shallow = False
     us = timed(runs, SECONDS_OF_STEPS if args.decode else SECONDS_OF_PROMPTS, args, group, device)
     return us, found.choose(size, args.plan).name

@@ -10,11 +10,10 @@ import torch
 from .. import backends, formats, timing, tuning  # noqa: F401  (backends register themselves)
 from .. import group as groups
 from ..backends import workspace
-from ..backends.cuda import gemm
 from ..config import GLOO, NVLINK
 from ..errors import FusewireError, InputError
 from ..group import Group
-from . import results, shapes
+from . import peers, results, shapes
 from .cases import NORM, OPS_MEASURED, Case, cases, inputs, versions
 from .checks import Check, fast_sums
 from .peers import FOREIGN, candidates, puller, turning
@@ -38,8 +37,7 @@ def command(args: argparse.Namespace) -> int:
         formats.get(fmt)
     if unknown := [op for op in args.ops if op not in OPS_MEASURED]:
         raise InputError(f"unknown op {unknown[0]!r}; known: {', '.join(OPS_MEASURED)}")
-    if unknown := [columns for columns, _ in args.tiles if columns not in gemm.COLUMNS]:
-        raise InputError(f"no tile has {unknown[0]} columns; known: {', '.join(map(str, gemm.COLUMNS))}")
+    peers.check_tiles(args.tiles)
     shapes.projections(shapes.get(args.shape), args.tensor_parallel_size)
     if args.tensor_parallel_size < 2:
         raise InputError(f"{args.tensor_parallel_size} rank exchanges nothing; give -tp 2 or more")

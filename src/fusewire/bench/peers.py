@@ -19,6 +19,7 @@ from ..backends.aten import scales
 from ..backends.cuda import gemm
 from ..backends.triton import norm_quant_all_gather_matmul as pushing
 from ..backends.triton.launch import row_bytes, why_not
+from ..errors import InputError
 from ..ops.fused import all_gather_matmul
 from .cases import BOUNDARY, GATHER, NORM, SCATTER, Case
 from .checks import after, cublas, fast_sums, operands, tail, whole
@@ -82,17 +83,32 @@ def fusewire(case: Case, sets: list[tuple], device: torch.device) -> Iterator[Ca
 MODES = {"fusewire:gated": "gather", "fusewire:epilogue": "reduce", "gemm:fusewire": "plain"}  # of our CUDA kernel
 
 
+def check_tiles(tiles: Sequence[tuple[int, bool]]) -> None:
+    """InputError if no kernel has one of them."""
+    if unknown := [columns for columns, _ in tiles if columns not in gemm.COLUMNS]:
+        raise InputError(f"no tile has {unknown[0]} columns; known: {', '.join(map(str, gemm.COLUMNS))}")
+
+
+def named(columns: int, turns: bool) -> str:
+    """A tile as --tiles has it."""
+    return f"{columns}{'t' * turns}"
+
+
+def with_tile(run: Callable[..., Any], columns: int, turns: bool) -> Callable[..., Any]:
+    """The same call, in which our CUDA kernel has that tile where it can."""
+    def call(*args: Any) -> Any:
+        with gemm.tile(columns, turns):
+            return run(*args)
+    return call
+
+
 def tiled(found: list[Candidate], fmt: str, columns: int, turns: bool) -> Iterator[Candidate | str]:
     """Of those who run our CUDA kernel, the same with tiles of so many columns, in turns or not: `fusewire:gated:160t`."""
-    def with_tile(run: Callable[[int], list[Tensor]], i: int) -> list[Tensor]:
-        with gemm.tile(columns, turns):
-            return run(i)
-
     fp8 = fmt != "bf16"
     for c in found:
         if (mode := MODES.get(c.name)) is not None:
             possible = gemm.Config(fp8, columns, 2, mode, fp8 and not aten.FAST_ACCUMULATION, turns).possible()
-            yield c._replace(name=f"{c.name}:{columns}{'t' * turns}", run=functools.partial(with_tile, c.run)) if possible else (
+            yield c._replace(name=f"{c.name}:{named(columns, turns)}", run=with_tile(c.run, columns, turns)) if possible else (
                 f"{c.name} has no tiles of {columns} columns{' in turns' * turns}")
 
 

@@ -172,10 +172,10 @@ def plot_ops(path: Path, lines: list[dict], names_of: dict[tuple[str, int, int],
     pyplot.close(figure)
 
 
-def exposed(us: dict[str, float], floor: str = "floor") -> float:
+def exposed(us: dict[str, float], floor: str = "floor", fused: str = "fused") -> float:
     """How much of the communication is still seen: (fused - floor) / (unfused - floor); NaN where there is none, or no floor."""
     hidden = us["unfused"] - us.get(floor, math.inf)
-    return (us["fused"] - us[floor]) / hidden if hidden > 0 else math.nan
+    return (us[fused] - us[floor]) / hidden if hidden > 0 else math.nan
 
 
 def saved(us: dict[str, float], layers: int) -> float:
@@ -201,6 +201,10 @@ def print_model(console: Console, lines: list[dict]) -> None:
     table(console, "ms, tokens/s, gain, exposed communication (over the floor, and over the sharded plan's)",
           ["", "tokens", "plan", "unfused", "fused", "floor", "sharded", "unfused/s", "fused/s", "gain", "exposed", "sharded"],
           rows)
+    rows = [[name, fmt, str(tokens), f"{t / 1e3:.3f}", f"{us['unfused'] / t - 1:+.1%}", f"{exposed(us, fused=name):.1%}"]
+            for (fmt, tokens), (us, _) in stacks(lines).items() for name, t in us.items() if name.startswith("fused:")]
+    if rows:
+        table(console, "with other tiles", ["", "", "tokens", "ms", "gain", "exposed"], rows, left=2)
     decoded = {line["format"]: line["layers"] for line in lines if line["candidate"] in OP_ALONE}
     rows = [[fmt, str(tokens), *(f"{us[c]:.2f}" for c in OP_ALONE), f"{us['unfused'] - us['fused']:.0f}",
              f"{saved(us, decoded[fmt]):.0%}", f"{1 - us['fused'] / us['unfused']:.1%}"]

@@ -111,12 +111,14 @@ def configure(x: Tensor, ws: Sequence[Tensor], fmt: str, world: int, mode: str =
     limited = fmt == LIMITED_FORMAT and not precise and world <= LIMITED_WORLD and world * m > MANY
     found = fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, device.processors(x.device), mode,
                     precise, limited)
-    return replace(found, **_given)
+    given = replace(found, **_given)
+    return given if given.possible() else found
 
 
 @contextlib.contextmanager
 def tile(columns: int, turns: bool) -> Iterator[None]:
-    """Calls inside have tiles of so many columns, in turns or not, and not those that suit them: to measure others."""
+    """Calls inside have tiles of so many columns, in turns or not, where that is possible, and not those that suit them: to measure
+    others."""
     _given.update(columns=columns, turns=turns)
     try:
         yield
