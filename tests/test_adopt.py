@@ -456,20 +456,27 @@ def _fp8(rank):
         assert large["matmul_reduce_scatter"] == 1 and large["reduce_scatter"] == 1 and large["all_gather"] == 0, large
         parts = ["float8_e4m3fn"] if fmt == "fp8_tensor" else ["float8_e4m3fn", "float32"]
         assert travels(c) == [(fmt, parts)] * 2
-        if linear not in (cases[0][0], scaled_rows):
-            continue
+
+
+def _scaled_mm_on_cpu(rank):
+    aten_backend.ON_CPU = True  # before any call: what an op chose is remembered
+    for linear, columns in [(scaled_static(()), False), *([(scaled_rows, True)] if rows_work() else [])]:
         torch._dynamo.reset()
-        aten_backend.ON_CPU = True
-        c = compile(c.model, Config(), {"ids": 0})
+        c = compile(Fp8(linear, columns), Config(), {"ids": 0})
         with torch.no_grad():
-            assert torch.equal(same_by_every_plan(c, ids(16)), c.model(ids(16))), "the bits of the original call"
+            for n in (7, 16):
+                assert torch.equal(same_by_every_plan(c, ids(n)), c.model(ids(n))), "the bits of the original call"
         assert {n.meta["choice"].backend.name for n in c.captures[0].unfused.gm.graph.nodes if op_of(n) is matmul} == {"aten"}
-        aten_backend.ON_CPU = False
 
 
 @pytest.mark.dist
 def test_fp8_by_hand():
     run_ranks(_fp8, 2)
+
+
+@pytest.mark.dist
+def test_fp8_by_hand_has_the_bits_of_scaled_mm():
+    run_ranks(_scaled_mm_on_cpu, 2)
 
 
 # --- ops of other libraries, each registered by one line

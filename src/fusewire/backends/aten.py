@@ -11,7 +11,8 @@ from ..ops.dense import matmul
 
 ON_CPU = False
 """Also use torch._scaled_mm on a CPU. It gives an adopted `_scaled_mm` its own bits there, but it is slow: with n = 1536 and
-k = 576 it takes 15 to 30 times as long as the reference for one token, and 1.2 to 1.5 times as long for 512."""
+k = 576 it takes 15 to 30 times as long as the reference for one token, and 1.2 to 1.5 times as long for 512. To be set before the
+first call, as ops remember what they chose."""
 
 
 ACCUMULATION = os.environ.get("FUSEWIRE_FP8_ACCUMULATION", "fast")
