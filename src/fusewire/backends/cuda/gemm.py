@@ -111,8 +111,9 @@ def configure(x: Tensor, ws: Sequence[Tensor], fmt: str, world: int, mode: str =
     limited = fmt == LIMITED_FORMAT and not precise and world <= LIMITED_WORLD and world * m > MANY
     found = fastest(fp8, m, tuple(w.shape[0] for w in ws), x.shape[1] * x.element_size(), world, device.processors(x.device), mode,
                     precise, limited)
-    given = replace(found, **_given)
-    return given if given.possible() else found
+    if _given and (given := replace(found, **_given)).possible():
+        return given
+    return found
 
 
 @contextlib.contextmanager
