@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import group as groups
 from .. import timing
+from ..backends.cuda import gemm
 from ..compiler.capture import TOKEN_DIMS
 from ..config import Config
 from ..errors import FusewireError, InputError
@@ -153,7 +154,7 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
         if SHARDED_FLOOR not in found.others:
             found.others[SHARDED_FLOOR] = floor.without_wire(found.choose(size, "sharded"))
         runs[SHARDED_FLOOR] = call(SHARDED_FLOOR)
-    runs |= {f"fused:{peers.named(*tile)}": peers.with_tile(call(args.plan), *tile) for tile in args.tiles}
+    runs |= {f"fused:{peers.named(*tile)}": gemm.tile(*tile)(call(args.plan)) for tile in args.tiles}
     for name in runs:
         if name.startswith("fused"):
             check(runs[name](), want, args, group, device)

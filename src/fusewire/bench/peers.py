@@ -94,21 +94,13 @@ def named(columns: int, turns: bool) -> str:
     return f"{columns}{'t' * turns}"
 
 
-def with_tile(run: Callable[..., Any], columns: int, turns: bool) -> Callable[..., Any]:
-    """The same call, in which our CUDA kernel has that tile where it can."""
-    def call(*args: Any) -> Any:
-        with gemm.tile(columns, turns):
-            return run(*args)
-    return call
-
-
 def tiled(found: list[Candidate], fmt: str, columns: int, turns: bool) -> Iterator[Candidate | str]:
     """Of those who run our CUDA kernel, the same with tiles of so many columns, in turns or not: `fusewire:gated:160t`."""
     fp8 = fmt != "bf16"
     for c in found:
         if (mode := MODES.get(c.name)) is not None:
             possible = gemm.Config(fp8, columns, 2, mode, fp8 and not aten.FAST_ACCUMULATION, turns).possible()
-            yield c._replace(name=f"{c.name}:{named(columns, turns)}", run=with_tile(c.run, columns, turns)) if possible else (
+            yield c._replace(name=f"{c.name}:{named(columns, turns)}", run=gemm.tile(columns, turns)(c.run)) if possible else (
                 f"{c.name} has no tiles of {columns} columns{' in turns' * turns}")
 
 
