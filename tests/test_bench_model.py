@@ -24,7 +24,9 @@ from fusewire.compiler import capture
 from fusewire.compiler.capture import compile
 from fusewire.config import Config
 from fusewire.errors import FusewireError
+from fusewire.models.layers import VocabParallelEmbedding
 from fusewire.models.parallelize import resolve
+from fusewire.models.slices import even
 from fusewire.op import OPS, op_of
 
 CPU = torch.device("cpu")
@@ -148,6 +150,31 @@ def test_programs_with_other_tiles_are_compared_and_measured(monkeypatch, capsys
     results.print_model(Console(width=200), [{"format": "fp8_tensor", "tokens": 8, "candidate": c, "us": t, "plan": "sharded"}
                                              for c, t in us.items()])
     assert capsys.readouterr().out.splitlines()[-1].split() == ["fused:160t", "fp8_tensor", "8", "0.015", "+100.0%", "25.0%"]
+
+
+def test_floors_have_tokens_whose_embeddings_this_rank_holds(monkeypatch):
+    """Without the ranks' sum, others would be zeros: rows that are all alike, which no prompt has."""
+    for rank, held in ((0, range(51)), (1, range(51, 101))):
+        weight = torch.nn.Parameter(torch.ones(51, 4))
+        embedding = VocabParallelEmbedding(even(101, rank, 2), 101, 4, "", weight, torch.tensor(0), None)
+        assert model.held(torch.nn.Sequential(embedding), torch.arange(101)).unique().tolist() == list(held)
+    g, seen = groups.loopback_group(2), {}
+    m = stack(shapes.get("tiny"), 1, "fp8_tensor", g, CPU)
+
+    class Noting(model.Repeating):
+        def run(self, **inputs):
+            seen.setdefault(self.plan, []).append(inputs["input_ids"])
+            return super().run(**inputs)
+
+    monkeypatch.setattr(model, "timed", lambda runs, *args: [run() for run in runs.values()])
+    compiled = Noting(m, Config(), capture.TOKEN_DIMS, layers=list(m.model.layers))
+    given = model.prompt_inputs(64, ARGS, CPU)
+    model.measure(compiled, given, Namespace(**{**vars(ARGS), "decode": False, "plan": "sharded"}), g, CPU)
+    groups.close(g)
+    assert given["input_ids"].amax() > 50 and seen.keys() == {"unfused", "sharded", "floor", "floor:sharded"}
+    for plan, ids in seen.items():
+        own = plan.startswith("floor")
+        assert all((int(i.amax()) < 51) if own else torch.equal(i, given["input_ids"]) for i in ids)
 
 
 def test_the_floor_sends_nothing_and_computes_the_rest():

@@ -15,6 +15,7 @@ from ..backends.cuda import gemm
 from ..compiler.capture import TOKEN_DIMS
 from ..config import Config
 from ..errors import FusewireError, InputError
+from ..models.layers import VocabParallelEmbedding
 from ..models.parallelize import format_name
 from ..op import OPS
 from . import experts, floor, peers, results, shapes
@@ -122,10 +123,10 @@ def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device
 def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
             device: torch.device) -> tuple[dict[str, float], str]:
     """(candidate -> microseconds, the plan of the fused one), once the fused logits are known to be the unfused ones."""
-    def call(plan: str) -> Callable[[], Tensor]:
+    def call(plan: str, given: dict[str, Any] = inputs) -> Callable[[], Tensor]:
         def run() -> Tensor:
             compiled.plan = plan
-            return compiled.run(**inputs).logits  # ranks hold as many tokens, so that they need not say so in each call
+            return compiled.run(**given).logits  # ranks hold as many tokens, so that they need not say so in each call
         return run
 
     config, compiled.shallow = compiled.config, True
@@ -143,7 +144,8 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
             check(runs[name](), want, args, group, device)
         compiled.shallow = False
         return timed(runs, SECONDS_OF_EXPERTS, args, group, device), found.choose(size, args.plan).name
-    runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor")}
+    alone = inputs | {"input_ids": held(compiled.model, inputs["input_ids"])}
+    runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor", alone)}
     if "floor" not in found.others:
         found.others["floor"] = floor.without_wire(found.unfused)
     if not args.loopback:  # whose unfused collectives are the reference's, without a wire
@@ -153,7 +155,7 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
     if found.why_not_sharded(size) is None and not args.decode:
         if SHARDED_FLOOR not in found.others:
             found.others[SHARDED_FLOOR] = floor.without_wire(found.choose(size, "sharded"))
-        runs[SHARDED_FLOOR] = call(SHARDED_FLOOR)
+        runs[SHARDED_FLOOR] = call(SHARDED_FLOOR, alone)
     runs |= {f"fused:{peers.named(*tile)}": gemm.tile(*tile)(call(args.plan)) for tile in args.tiles}
     for name in runs:
         if name.startswith("fused"):
@@ -161,6 +163,16 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
     compiled.shallow = False
     us = timed(runs, SECONDS_OF_STEPS if args.decode else SECONDS_OF_PROMPTS, args, group, device)
     return us, found.choose(size, args.plan).name
+
+
+def held(model: Any, ids: Tensor) -> Tensor:
+    """As many ids of tokens whose embeddings this rank holds: what a rank alone can work on.
+
+    Of the others, which the missing sum would bring, it would get zeros. Their rows, all alike from then on, take a GPU less power
+    to multiply, so that at its power limit its clock would be one that no real prompt has.
+    """
+    [embedding] = (m for m in model.modules() if isinstance(m, VocabParallelEmbedding))
+    return embedding.rows.start + ids % (embedding.rows.stop - embedding.rows.start)
 
 
 def settles(args: argparse.Namespace, device: torch.device) -> float:
