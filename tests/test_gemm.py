@@ -67,10 +67,10 @@ ORDER = r"""
 using std::max;
 using std::min;
 constexpr int BM = 128, BN = 128, GROUP = 8;
-struct Params { int m, world, rank, n_tiles[4]; const int* flags; int* flags_to[8]; };
+struct Params { int m, world, rank, n_tiles[4], ahead; const int* flags; int* flags_to[8]; };
 %s
 int main(int count, char** a) {
-    Params p = {atoi(a[1]), atoi(a[2]), atoi(a[3]), {atoi(a[4])}};
+    Params p = {atoi(a[1]), atoi(a[2]), atoi(a[3]), {atoi(a[4])}, AHEAD};
     const int tm = tiles_of_rows(p), tn = p.n_tiles[0], step = atoi(a[5]);
     if (count > 6) p.flags = (int*)atoll(a[6]);
     for (int i = 7; i < count; i++) p.flags_to[i - 7] = (int*)atoll(a[i]);
@@ -203,6 +203,24 @@ def test_at_the_power_limit_a_tile_saves_copies(monkeypatch):
     assert config(4096, 28672, 8192, fmt="fp8_token") == (160, True)
     monkeypatch.setattr(gemm.aten, "FAST_ACCUMULATION", False)
     assert config(4096, 28672, 8192)[0] <= 128
+
+
+def test_partial_sums_have_time_to_arrive():
+    """Two waves of large tiles, or of those in turns as many as take 11 us: a wave of 128 columns takes 4 us where k = 2048."""
+    def ahead(columns, turns, k):
+        return gemm.ahead(gemm.Config(True, columns, 2, "reduce", turns=turns), k)
+
+    assert [ahead(128, True, k) for k in (2048, 4096, 14336)] == [3, 2, 1]
+    assert [ahead(*tile, k) for tile in ((256, False), (192, True)) for k in (2048, 14336)] == [2] * 4
+    assert ahead(256, False, 64) > 2
+
+
+def test_a_gather_has_no_tile_whose_registers_are_spilled():
+    """The tile of 192 columns in turns, which those that send nothing have."""
+    def config(mode):
+        return gemm.fastest(True, 4096, (14336,), 4096, 2, 132, mode, False, False)
+
+    assert (config("gather").columns, config("reduce").columns) == (160, 192) and config("gather").turns
 
 
 def test_a_tile_may_be_given(monkeypatch):

@@ -152,7 +152,7 @@ def epilogue(x: list[Tensor], params: list[Tensor], w: list[Tensor], bias: Tenso
     bytes_each = gemm.most_tile_bytes(rows, n)
     t = prepare(space, "matmul_reduce_scatter", bytes_each * space.world_size, flags * space.world_size)
     call = gemm.call(x, x[0].data_ptr(), x[-1].data_ptr(), params, [w], [bias], [out], fmt, space.world_size, space.rank)
-    call.m = rows
+    call.m, call.ahead = rows, gemm.ahead(config, x[0].shape[1] * x[0].element_size())
     for peer in range(space.world_size):  # each keeps what it made, and the owner fetches it
         call.sent[peer] = t.data(space.rank) + peer * bytes_each
         call.partial[peer] = t.data(peer) + t.slot(peer) * bytes_each

@@ -14,7 +14,6 @@
 //   CLUSTER    1, or 2: two programs, one below the other, share the columns' tile of w
 //   GATHER, REDUCE  all_gather_matmul, matmul_reduce_scatter; neither: a plain product
 //   BUFFERS    of 4 KiB, through which GATHER sends
-//   AHEAD      REDUCE: how many times as many of the others' tiles as are under way at once come before a rank's own
 //   REGISTERS  of a thread that multiplies
 //   mma(acc, a, b, add)  one wgmma of 64 x BN x 32 bytes, onto acc if `add`
 //
@@ -71,6 +70,7 @@ struct Params {
     int weights, world, rank, m, k_blocks, row_scales;  // row_scales: one for each row and each column
     int begins, gate, half, loopback, op;  // GATHER: this launch begins the transfer and sends; it waits
     int unit;                              //   rows that are sent under one flag, at most 8
+    int ahead;                             // REDUCE: so many times as many of the others' tiles as are under way at once come first
 };
 
 // ---- barriers, flags, copies ----
@@ -262,7 +262,7 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int t, int tm, int tn, 
     const int each = tm * tn, peers = p.world - 1;
     int s = t / each, r = t % each;
     if (REDUCE && peers) {
-        const int ahead = min(AHEAD * step / peers + 1, each), turn = t - ahead * peers;
+        const int ahead = min(p.ahead * step / peers + 1, each), turn = t - ahead * peers;
         const int turns = each - ahead;
         const int run = turns > 4 * step ? max(step / peers, 1) : 1;  // of so many own, then as many of each peer's
         const int before = turn / (run * p.world) * run, most = min(run, turns - before), in = turn - before * p.world;
@@ -701,7 +701,7 @@ struct Call {
     void *flags_to[MAX_WORLD], *entered_to[MAX_WORLD];
     void *flags, *epoch, *last, *state, *report;
     int64_t limit_ns, k, own_stride, all_stride, b_stride[MAX_WEIGHTS];
-    int n[MAX_WEIGHTS], weights, world, rank, m, row_scales, begins, gate, half, loopback, unit, op, programs;
+    int n[MAX_WEIGHTS], weights, world, rank, m, row_scales, begins, gate, half, loopback, unit, ahead, op, programs;
 };
 
 typedef CUresult (*Encode)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
@@ -748,7 +748,8 @@ extern "C" int launch(const Call* call, void* stream) {
     p.weights = c.weights, p.world = c.world, p.rank = c.rank, p.m = c.m, p.k_blocks = (c.k + BK - 1) / BK;
     p.row_scales = c.row_scales, p.begins = c.begins, p.gate = c.gate, p.op = c.op;
     p.rows = (const char*)c.a_own, p.stride = c.own_stride, p.row_bytes = c.k * (FP8 ? 1 : 2);
-    p.last = (int*)c.last, p.state = (unsigned long long*)c.state, p.half = c.half, p.loopback = c.loopback, p.unit = c.unit;
+    p.last = (int*)c.last, p.state = (unsigned long long*)c.state, p.half = c.half, p.loopback = c.loopback;
+    p.unit = c.unit, p.ahead = c.ahead;
     for (int r = 0; r < c.world && r < MAX_WORLD; r++) {
         p.rows_to[r] = (char*)c.rows_to[r], p.scales_to[r] = (float*)c.scales_to[r];
         p.flags_to[r] = (int*)c.flags_to[r], p.entered_to[r] = (int*)c.entered_to[r];
