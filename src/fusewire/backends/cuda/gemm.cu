@@ -588,14 +588,20 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                 skip();
             }
             const float tensor_scale = FP8 && !p.row_scales ? __ldg(p.scale_own) * __ldg(p.scale_b[tile.weight]) : 1.f;
-            float scale[BLOCKS][2];  // of rows: they come while the last products are made; a peer's came before its rows
-            for (int h = 0; h < BLOCKS; h++)
-                for (int j = 0; j < 2; j++) {
-                    const int row = tile.row + (TURNS ? h : wg) * 64 + own_row + 8 * j;
-                    scale[h][j] = tensor_scale;
-                    if (FP8 && p.row_scales && row < p.m)
-                        scale[h][j] = load_late(own && !REDUCE ? p.scale_own + row : p.scale_all + (int64_t)tile.shard * p.m + row);
-                }
+            float scale[BLOCKS][2];
+            auto load_scales = [&]() {  // of rows; a peer's came before its rows
+                for (int h = 0; h < BLOCKS; h++)
+                    for (int j = 0; j < 2; j++) {
+                        const int row = tile.row + (TURNS ? h : wg) * 64 + own_row + 8 * j;
+                        scale[h][j] = tensor_scale;
+                        if (FP8 && p.row_scales && row < p.m)
+                            scale[h][j] = load_late(own && !REDUCE ? p.scale_own + row
+                                                                   : p.scale_all + (int64_t)tile.shard * p.m + row);
+                    }
+            };
+            // They come while the last products are made. In turns the other warpgroup multiplies meanwhile, and what is loaded
+            // beside one's own products spills registers: on an H200, tiles of 128 columns took 1.3 to 2.7 % longer with that.
+            if (!TURNS) load_scales();
             if (FP8 && p.row_scales) {
                 for (int i = 0; i < COLUMNS_EACH; i++)
                     if (i * 128 + me < BN)
@@ -610,6 +616,7 @@ __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Params p)
                     for (int i = 0; i < BN / 2; i++) asm volatile("" : "+f"(acc[h][i]) :: "memory");
                 release(last);
             }
+            if (TURNS) load_scales();
 
             // y = acc * scale(row) * scale(column) + bias
             const __nv_bfloat16* bias = p.bias[tile.weight];
