@@ -31,7 +31,7 @@ ROUNDS = 5
 # The programs of a row, or more rounds than 5 if they take less: what is exposed is a few percent of a program, a dispatch one.
 SECONDS_OF_PROMPTS, SECONDS_OF_EXPERTS, SECONDS_OF_STEPS = 20.0, 60.0, 5.0
 # On H200s, 24 layers of 4,096 tokens took 83 ms over and over again, at 1,370 MHz, and 86 in turns with programs that leave the GPU
-# another clock; without collectives 78 at 1,540 and 76. Prompts come one after the other: each program is timed at its own clock.
+# another clock. Prompts come one after the other: each program is timed at its own clock.
 SETTLE_S = 0.5
 FAR = 0.25  # root mean square of the difference of logits, over that of the logits: random weights make small errors large
 
