@@ -166,15 +166,21 @@ def test_floors_have_tokens_whose_embeddings_this_rank_holds(monkeypatch):
             seen.setdefault(self.plan, []).append(inputs["input_ids"])
             return super().run(**inputs)
 
+    monkeypatch.setattr(model, "check", lambda *args: None)
     monkeypatch.setattr(model, "timed", lambda runs, *args: [run() for run in runs.values()])
+    monkeypatch.setattr(floor, "by_library", lambda plan: floor.replaced(plan, "library", {}))
     compiled = Noting(m, Config(), capture.TOKEN_DIMS, layers=list(m.model.layers))
     given = model.prompt_inputs(64, ARGS, CPU)
-    model.measure(compiled, given, Namespace(**{**vars(ARGS), "decode": False, "plan": "sharded"}), g, CPU)
+    assert given["input_ids"].amax() > 50
+    for loopback in (False, True):  # where this rank is all there is
+        args = Namespace(**{**vars(ARGS), "decode": False, "plan": "sharded", "loopback": loopback})
+        model.measure(compiled, given, args, g, CPU)
+        assert seen.keys() == {"unfused", "sharded", "floor", "floor:sharded", *([] if loopback else ["library"])}
+        for plan, ids in seen.items():
+            own = loopback or plan.startswith("floor")
+            assert all(int(i.amax()) <= 50 if own else torch.equal(i, given["input_ids"]) for i in ids)
+        seen.clear()
     groups.close(g)
-    assert given["input_ids"].amax() > 50 and seen.keys() == {"unfused", "sharded", "floor", "floor:sharded"}
-    for plan, ids in seen.items():
-        own = plan.startswith("floor")
-        assert all((int(i.amax()) < 51) if own else torch.equal(i, given["input_ids"]) for i in ids)
 
 
 def test_the_floor_sends_nothing_and_computes_the_rest():

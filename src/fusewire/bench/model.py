@@ -123,6 +123,10 @@ def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device
 def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
             device: torch.device) -> tuple[dict[str, float], str]:
     """(candidate -> microseconds, the plan of the fused one), once the fused logits are known to be the unfused ones."""
+    alone = inputs if args.shape in shapes.EXPERTS else inputs | {"input_ids": held(compiled.model, inputs["input_ids"])}
+    if args.loopback:
+        inputs = alone  # there is nobody else
+
     def call(plan: str, given: dict[str, Any] = inputs) -> Callable[[], Tensor]:
         def run() -> Tensor:
             compiled.plan = plan
@@ -144,7 +148,6 @@ def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespac
             check(runs[name](), want, args, group, device)
         compiled.shallow = False
         return timed(runs, SECONDS_OF_EXPERTS, args, group, device), found.choose(size, args.plan).name
-    alone = inputs | {"input_ids": held(compiled.model, inputs["input_ids"])}
     runs = {"unfused": call("unfused"), "fused": call(args.plan), "floor": call("floor", alone)}
     if "floor" not in found.others:
         found.others["floor"] = floor.without_wire(found.unfused)
