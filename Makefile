@@ -32,8 +32,10 @@ demo: $(VENV)/.demo
 	@echo "== NVFP4"
 	@$(DEMO_RUN) -q nvfp4
 
+# Two at a time, but for those that need several processes or a GPU for themselves.
 test: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not (dist or gpu or long)"
+	$(BIN)/python -m pytest -m "(dist or gpu) and not long"
 
 test-all: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -m "" --timeout 3600

@@ -351,7 +351,8 @@ def test_a_planted_bug_is_seen(bug):
     print(wrong)
 
 
-@pytest.mark.parametrize(("o", "share"), [(all_gather, 2), (reduce_scatter, 2), (OPS["all_reduce"], 2), (all_gather, 0)], ids=str)
+@pytest.mark.parametrize(("o", "share"), [(all_gather, 2), (reduce_scatter, 2), (OPS["all_reduce"], 2), (all_gather, 0)],
+                         ids=lambda v: str(getattr(v, "name", v)))
 def test_bytes_that_are_not_sent_are_seen(o, share, monkeypatch):
     """What `wire` says is compared with what really went through the group."""
     real = o.wire
