@@ -123,7 +123,7 @@ def _ids(batch: int, tokens: int, args: argparse.Namespace, device: torch.device
 def measure(compiled: Repeating, inputs: dict[str, Any], args: argparse.Namespace, group: groups.Group,
             device: torch.device) -> tuple[dict[str, float], str]:
     """(candidate -> microseconds, the plan of the fused one), once the fused logits are known to be the unfused ones."""
-    alone = inputs if args.shape in shapes.EXPERTS else inputs | {"input_ids": held(compiled.model, inputs["input_ids"])}
+    alone = inputs | {"input_ids": held(compiled.model, inputs["input_ids"])}
     if args.loopback:
         inputs = alone  # there is nobody else
 
@@ -174,8 +174,10 @@ def held(model: Any, ids: Tensor) -> Tensor:
     Of the others, which the missing sum would bring, it would get zeros. Their rows, all alike from then on, take a GPU less power
     to multiply, so that at its power limit its clock would be one that no real prompt has.
     """
-    [embedding] = (m for m in model.modules() if isinstance(m, VocabParallelEmbedding))
-    return embedding.rows.start + ids % (embedding.rows.stop - embedding.rows.start)
+    for m in model.modules():
+        if isinstance(m, VocabParallelEmbedding):
+            return m.rows.start + ids % (m.rows.stop - m.rows.start)
+    return ids  # all of them
 
 
 def settles(args: argparse.Namespace, device: torch.device) -> float:

@@ -136,10 +136,10 @@ def fastest(fp8: bool, m: int, ns: tuple[int, ...], k_bytes: int, world: int, pr
     and at the power limit, `limited`, least energy too."""
     def us(config: Config) -> float:
         count = world * sum(tiles(config, m, n) for n in ns) // config.cluster
-        waves, each = -(-count // (programs // config.cluster)), config.columns * k_bytes
-        end, turn_end = (ADD_END, TURN_ADD_END) if mode == "reduce" else (END, TURN_END)
-        taken = CYCLE_US * (waves * (each + turn_end) + END if config.turns else waves * (each + end))
+        waves = -(-count // (programs // config.cluster))
+        taken = waves * wave_us(config, k_bytes) + (CYCLE_US * END if config.turns else 0.0)
         if limited:
+            each = config.columns * k_bytes
             taken += count * config.cluster / programs * each * (WORK_US + COPY_US * (1 / ROWS + 1 / config.columns))
         return taken + (EXCHANGE_US if mode == "reduce" and waves == 1 else 0.0)
 
@@ -156,8 +156,13 @@ def unit(rows: int, programs: int) -> int:
 def ahead(config: Config, k_bytes: int) -> int:
     """How many times as many of the other ranks' tiles as are under way at once a rank makes before its own: what is added to these
     is then on its way for LEAD_US."""
-    wave = CYCLE_US * (config.columns * k_bytes + (TURN_ADD_END if config.turns else ADD_END))
-    return max(1 if config.turns and config.columns < 192 else 2, math.ceil(LEAD_US / wave))
+    return max(1 if config.turns and config.columns < 192 else 2, math.ceil(LEAD_US / wave_us(config, k_bytes)))
+
+
+def wave_us(config: Config, k_bytes: int) -> float:
+    """What one tile of each program takes, with as much of its end as the other warpgroup's products do not hide."""
+    end, turn_end = (ADD_END, TURN_ADD_END) if config.mode == "reduce" else (END, TURN_END)
+    return CYCLE_US * (config.columns * k_bytes + (turn_end if config.turns else end))
 
 
 def tiles(config: Config, m: int, n: int) -> int:
